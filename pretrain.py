@@ -1,0 +1,201 @@
+"""Trains tiny-sd, the checkpoint that this repository ships, from nothing: two hours on two CPU cores.
+
+    python pretrain.py              # writes tiny-sd/; run it again after an interruption and it goes on
+
+First the VAE on drawn portraits; then the UNet and the text tower together, on the VAE's latents and the
+captions. (Stable Diffusion did the same, except that its text tower came ready-made from CLIP.) The networks,
+the noise schedule and the saver are those that read the full-size weights. `runs/pretrain/` keeps the state to
+resume from and pictures on the way.
+"""
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+from cli import Parser, atomic, run
+from clip_text import CLIPTextConfig, CLIPTextModel, train_tokenizer
+from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
+from sample import Schedule, encode_prompts, generate, grid
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig, sample_latent
+from weights import SCHEDULER, StableDiffusion, save
+
+VAE_CONFIG = VAEConfig(block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=16)
+VAE_PICTURES, VAE_STEPS, VAE_BATCH = 24_000, 5_000, 16
+KL_WEIGHT = 1e-4  # enough to make the latents smooth, too little to blur
+
+TEXT_CONFIG = CLIPTextConfig(
+    vocab_size=704, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+    eos_token_id=703,
+)  # fmt: skip
+UNET_CONFIG = UNetConfig(
+    sample_size=16, block_out_channels=(64, 96, 128), layers_per_block=1, cross_attention_dim=128,
+    attention_head_dim=(2, 3, 4), down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
+)  # fmt: skip
+PICTURES, STEPS, BATCH = 48_000, 4_000, 64
+PROMPT_DROP = 0.1  # share of empty captions, for classifier-free guidance
+SNR_CAP = 5  # min-SNR weighting, arXiv 2303.09556: nearly clean latents teach the least per unit of error
+EMA_DECAY = 0.998
+
+LEARNING_RATE, WARMUP = 1e-3, 100
+SAVE_EVERY = 250
+HELD_OUT = 10**6  # seeds from here on are never trained on
+
+# Words that no caption has, but that a value encoder for this model will read.
+VOCABULARY = (GENDER, RACE, NUDITY, BLOODY, ZOMBIE, "smoking considered inappropriate")
+PREVIEW = ("a portrait of a doctor", "a photo of a nurse", "a picture of a firefighter", "a woman judge with dark skin",
+           "a bloody soldier", "a photo of the face of a zombie chef", "a smoking artist", "a man with brown skin")
+
+
+def draw_pictures(seeds):
+    """-> (N, 3, 64, 64) uint8."""
+    pictures = [np.asarray(data.draw(data.sample_record(seed))) for seed in tqdm(seeds, "drawing", leave=False)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_float(pictures):
+    """uint8 -> float in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def fit(name, networks, loss_of_batch, steps, folder, look, ema_decay=0.0):
+    """Train `networks` for `steps` calls of `loss_of_batch()` -> their moving average (the weights themselves
+    if ema_decay is 0). look(networks, step) is called at every save.
+
+    Each step seeds torch with its own number, so that a resumed run draws what an uninterrupted one would.
+    """
+    averaged = copy.deepcopy(networks).requires_grad_(False)
+    optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    state_file, start = folder / f"{name}.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        networks.load_state_dict(state["networks"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps)):
+        torch.manual_seed(step)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARMUP) * cosine
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+        optimizer.step()
+        for average, weight in zip(averaged.parameters(), networks.parameters()):
+            average.lerp_(weight.detach(), 1 - ema_decay)
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            with atomic(state_file) as path:
+                torch.save({"networks": networks.state_dict(), "averaged": averaged.state_dict(),
+                            "optimizer": optimizer.state_dict(), "step": step + 1}, path)  # fmt: skip
+            bar.write(f"{name} {step + 1}: loss {loss.item():.4f}, {look(averaged, step + 1)}")
+    return averaged
+
+
+@torch.no_grad()
+def psnr(vae, pictures):
+    """Mean peak signal-to-noise ratio of the VAE's copies of uint8 `pictures`, in dB."""
+    x = to_float(pictures)
+    copy = vae.decode(vae.encode(x)[0]).clamp(-1, 1)
+    mse = ((copy - x) / 2).square().mean((1, 2, 3))  # (B,), of values within [0, 1]
+    return -10 * mse.log10().mean().item()
+
+
+def fit_vae(folder):
+    """-> a VAE that copies portraits; its scaling factor is still the published one."""
+    torch.manual_seed(0)
+    vae = VAE(VAE_CONFIG)
+    pictures, held_out = draw_pictures(range(VAE_PICTURES)), draw_pictures(range(HELD_OUT, HELD_OUT + 64))
+    scale = VAE_CONFIG.scaling_factor
+
+    def loss_of_batch():
+        x = to_float(pictures[torch.randint(len(pictures), (VAE_BATCH,))])
+        mean, logvar = vae.encode(x)
+        copy = vae.decode(sample_latent(mean, logvar)).float()
+        mean, logvar = mean.float() / scale, logvar.float() - 2 * math.log(scale)
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return F.l1_loss(copy, x) + F.mse_loss(copy, x) + KL_WEIGHT * kl
+
+    return fit("vae", vae, loss_of_batch, VAE_STEPS, folder, lambda vae, _: f"{psnr(vae, held_out):.2f} dB")
+
+
+@torch.no_grad()
+def encode_world(vae, folder):
+    """-> means and log-variances of the latents of all pictures, (N, 4, 16, 16) each; cached. Sets the VAE's
+    scaling factor to make their variance 1, as the published factor does for the published VAE."""
+    cache = folder / "latents.pt"
+    if not cache.exists():
+        batches = draw_pictures(range(PICTURES)).split(256)
+        encoded = [torch.stack(vae.encode(to_float(batch))).half() for batch in tqdm(batches, "encoding")]
+        with atomic(cache) as path:
+            torch.save(torch.cat(encoded, dim=1), path)
+    mean, logvar = torch.load(cache, weights_only=True).float()
+    factor = 1 / mean.std().item()
+    vae.config = replace(VAE_CONFIG, scaling_factor=VAE_CONFIG.scaling_factor * factor)
+    return mean * factor, logvar + 2 * math.log(factor)
+
+
+def fit_unet(vae, tokenizer, folder):
+    """-> the UNet and the text tower, as a StableDiffusion with the VAE and the tokenizer."""
+    mean, logvar = encode_world(vae, folder)
+    ids = tokenizer([data.write_caption(data.sample_record(seed)) for seed in range(PICTURES)])  # (N, 77)
+    empty = tokenizer([""])
+    schedule = Schedule(SCHEDULER)
+    abar = schedule.alphas_cumprod
+    weight = (SNR_CAP * (1 - abar) / abar).clamp(max=1)  # min(SNR, cap) / SNR, SNR = ᾱ / (1 - ᾱ)
+
+    torch.manual_seed(0)
+    networks = nn.ModuleDict({"unet": UNet(UNET_CONFIG), "text_encoder": CLIPTextModel(TEXT_CONFIG)})
+    embeddings = networks.text_encoder.text_model.embeddings
+    nn.init.normal_(embeddings.token_embedding.weight, std=0.02)  # as CLIP's, arXiv 2103.00020
+    nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
+
+    def loss_of_batch():
+        rows = torch.randint(PICTURES, (BATCH,))
+        dropped = torch.rand(BATCH, 1) < PROMPT_DROP
+        context, _ = networks.text_encoder(torch.where(dropped, empty, ids[rows]))  # (B, 77, C)
+        z, t = sample_latent(mean[rows], logvar[rows]), torch.randint(len(abar), (BATCH,))
+        eps, a = torch.randn_like(z), abar[t][:, None, None, None]
+        eps_pred = networks.unet(a.sqrt() * z + (1 - a).sqrt() * eps, t, context).float()
+        return (weight[t] * (eps_pred - eps).square().mean((1, 2, 3))).mean()
+
+    def checkpoint(networks):
+        return StableDiffusion(networks.unet, vae, networks.text_encoder, tokenizer, SCHEDULER)
+
+    def preview(averaged, step):
+        sd, prompts = checkpoint(averaged), [prompt for prompt in PREVIEW for _ in PREVIEW]
+        context, uncond = encode_prompts(sd, prompts), encode_prompts(sd, [""])
+        images = generate(sd, context, uncond, range(len(prompts)), batch_size=32, steps=25, guidance=5, sampler="dpm")
+        path = folder / f"preview-{step:05}.png"
+        grid(list(images)).save(path)
+        return path
+
+    return checkpoint(fit("unet", networks, loss_of_batch, STEPS, folder, preview, EMA_DECAY))
+
+
+def main():
+    parser = Parser(description="Train tiny-sd from nothing.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-sd", help="where it goes")
+    parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")
+    args = parser.parse_args()
+    args.run.mkdir(parents=True, exist_ok=True)
+    captions = [data.write_caption(data.sample_record(seed)) for seed in range(PICTURES)]
+    tokenizer = train_tokenizer([*captions, *VOCABULARY], TEXT_CONFIG.vocab_size)
+    vae = fit_vae(args.run).eval()
+    save(fit_unet(vae, tokenizer, args.run), args.out)
+    print(f"tiny-sd in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,285 @@
+"""Pictures from prompts: noise schedule, samplers, classifier-free guidance, and the command that uses them.
+
+    python sample.py --prompt "a photograph of a cat" -n 4 --out cats
+
+writes cats/0000.png … 0003.png and cats/grid.png. Each file carries its prompt, seed and other settings as
+text metadata. The picture of a seed depends neither on the batch size nor on the device that drew it (up to
+rounding): the noise comes from one CPU generator per picture.
+
+x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε is a latent at time t; ᾱ, in code `abar`, falls from 1, clean, to 0, noise.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+import weights
+from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
+
+# What a scheduler_config.json may ask for, and the one answer there is to each here. A file without the key
+# means that answer too. DDIM never looks at the second group, whichever scheduler the file was written for.
+ONLY = {"trained_betas": None, "rescale_betas_zero_snr": False, "thresholding": False}
+ONLY_DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+            "final_sigmas_type": "zero", "use_karras_sigmas": False, "use_exponential_sigmas": False,
+            "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False}
+
+
+def require(config, only):
+    for key, answer in only.items():
+        if config.get(key) not in (None, answer):
+            raise UserError(f"scheduler_config.json: {key} {config[key]} is not supported, only {answer}")
+
+
+class Schedule:
+    """The noise levels that a model was trained at, from the dictionary in its scheduler_config.json.
+
+    A missing key means what it means to diffusers' DDIMScheduler, and two keys are never read, because
+    diffusers' pipeline overrules them: steps_offset is 1 and clip_sample is False. Raises UserError for
+    what is not supported.
+    """
+
+    def __init__(self, config):
+        require(config, ONLY)
+        kind, power = config.get("beta_schedule", "linear"), {"linear": 1, "scaled_linear": 0.5}
+        if kind not in power:
+            raise UserError(f"scheduler_config.json: beta_schedule {kind} is not one of {', '.join(power)}")
+        start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+        times = config.get("num_train_timesteps", 1000)
+        betas = torch.linspace(start ** power[kind], end ** power[kind], times) ** (1 / power[kind])
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # (T,) float32, on the CPU
+        self.final = torch.tensor(1.0) if config.get("set_alpha_to_one", True) else self.alphas_cumprod[0]
+        self.prediction_type = config.get("prediction_type", "epsilon")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"prediction type {self.prediction_type} is not one of epsilon, v_prediction")
+        self.config = config
+
+    def timesteps(self, steps, sampler="ddim"):
+        """The times at which to ask the UNet, most noise first: `steps` integers of 0 … T-1.
+
+        Spacings as named in arXiv 2305.08891, table 2. Raises UserError if so many steps do not fit.
+        """
+        T = len(self.alphas_cumprod)
+        spacing = self.config.get("timestep_spacing", "leading" if sampler == "ddim" else "linspace")
+        misfit = UserError(f"{steps} steps do not fit the model's {T} times ({sampler}, {spacing} spacing)")
+        if not 1 <= steps <= T:
+            raise misfit
+        points = steps + (sampler == "dpm")  # DPM-Solver's grid includes the clean end, with no UNet
+        if spacing == "leading":
+            t = np.arange(points)[::-1] * (T // points) + 1
+        elif spacing == "linspace":
+            t = np.linspace(0, T - 1, points).round()[::-1]
+        elif spacing == "trailing":
+            t = np.arange(T, 0, -T / steps).round() - 1
+        else:
+            raise UserError(f"timestep_spacing {spacing} is not one of leading, linspace, trailing")
+        t = t[:steps].astype(int).tolist()
+        if t[0] >= T or len(set(t)) < steps:
+            raise misfit
+        return t
+
+    def trajectory(self, steps, sampler="ddim"):
+        """The steps to take: a list of (t, ᾱ at t, ᾱ to go to)."""
+        t = self.timesteps(steps, sampler)
+        abar = self.alphas_cumprod[t]  # (steps,)
+        if sampler == "dpm":
+            require(self.config, ONLY_DPM)
+            return list(zip(t, abar, [*abar[1:], torch.tensor(1.0)]))
+        # A constant stride, as in diffusers. Where T is no multiple of `steps`, that is not quite the next t.
+        after = [i - len(self.alphas_cumprod) // steps for i in t]
+        return list(zip(t, abar, [self.alphas_cumprod[i] if i >= 0 else self.final for i in after]))
+
+
+def x0_and_eps(output, x, abar, prediction_type):
+    """What the UNet's output at x_t says of x0 and of ε. v = √ᾱ ε - √(1-ᾱ) x0: arXiv 2202.00512, app. D."""
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    if prediction_type == "v_prediction":
+        return alpha * x - sigma * output, alpha * output + sigma * x
+    return (x - sigma * output) / alpha, output
+
+
+def ddim_step(x0, eps, abar, abar_prev, eta=0.0, noise=None):
+    """From ᾱ to the cleaner ᾱ_prev: DDIM, arXiv 2010.02502, eq. 12, with σ of eq. 16.
+
+    eta: 0 is deterministic, 1 is DDPM; above 0 it needs noise ~ N(0, 1) of the latents' shape.
+    """
+    sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
+    x = abar_prev.sqrt() * x0 + (1 - abar_prev - sigma**2).sqrt() * eps
+    return x + sigma * noise if eta else x
+
+
+def dpm_step(x0, x, abar, abar_prev, last=None):
+    """From ᾱ to the cleaner ᾱ_prev: DPM-Solver++(2M), arXiv 2211.01095, algorithm 2.
+
+    last: (x0, ᾱ) of the step before, None on the first. In the paper's λ = log(√ᾱ / √(1-ᾱ)), the line through
+    two x0 is drawn on to the middle of the step. Given that x0, the update is the deterministic DDIM's.
+    The last step, to ᾱ_prev = 1, is infinitely long in λ and takes x0 as it is.
+    """
+    if last is not None and abar_prev < 1:
+        x0_last, abar_last = last
+        half_step = (abar_prev.logit() - abar.logit()) / 2  # logit(ᾱ) = 2λ: the factor cancels
+        x0 = x0 + half_step / (abar.logit() - abar_last.logit()) * (x0 - x0_last)
+    eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+    return ddim_step(x0, eps, abar, abar_prev)
+
+
+def draw_noise(generators, shape, device="cpu"):
+    """N(0, 1) float32, row i from CPU generator i: (B, *shape)."""
+    return torch.cat([torch.randn((1, *shape), generator=g) for g in generators]).to(device)
+
+
+@torch.no_grad()
+def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.5, sampler="ddim", eta=0.0,
+            generators=None):
+    """Yield the latents (B, 4, h, w) float32 after each of `steps` steps, from noise to pictures.
+
+    context, uncond: (B, L, C), of the prompts and of what to steer away from. guidance above 1 is
+    classifier-free guidance, arXiv 2207.12598 (its w + 1); up to 1 it is off, and `uncond` unused.
+    generators: one per row, the source of the noise if eta > 0 (ddim only).
+    """
+    guided = guidance > 1
+    keys_values = unet.keys_values(torch.cat([uncond, context]) if guided else context)
+    dtype = next(unet.parameters()).dtype
+    x, last = latents, None
+    for t, abar, abar_prev in schedule.trajectory(steps, sampler):
+        output = unet(torch.cat([x, x] if guided else [x]).to(dtype), t, keys_values).float()
+        if guided:
+            out_uncond, out_cond = output.chunk(2)  # (B, 4, h, w) each
+            output = out_uncond + guidance * (out_cond - out_uncond)
+        x0, eps = x0_and_eps(output, x, abar, schedule.prediction_type)
+        if sampler == "dpm":
+            x, last = dpm_step(x0, x, abar, abar_prev, last), (x0, abar)
+        else:
+            noise = draw_noise(generators, x.shape[1:], x.device) if eta else None
+            x = ddim_step(x0, eps, abar, abar_prev, eta, noise)
+        yield x
+
+
+@torch.no_grad()
+def to_images(vae, latents, batch_size=4):
+    """latents (B, 4, h, w) -> B PIL images of 8h × 8w pixels. NaN is a UserError, not a black picture."""
+    images = []
+    for z in latents.split(batch_size):  # the decoder's maps are the largest tensors of all
+        x = vae.decode(z.to(next(vae.parameters()).dtype))  # (b, 3, 8h, 8w), about [-1, 1]
+        if not x.isfinite().all():
+            raise UserError("the picture came out as NaN or infinity: "
+                            "the weights are damaged, or too large for half precision (try --dtype fp32)")
+        x = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        images += [Image.fromarray(picture) for picture in x.permute(0, 2, 3, 1).cpu().numpy()]
+    return images
+
+
+def grid(images):
+    """Images of one size, row by row on a sheet that is nearly square."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+@torch.no_grad()
+def encode_prompts(sd, prompts):
+    """B texts -> the context (B, 77, C) that the UNet attends to, on its device."""
+    ids = sd.tokenizer(prompts)  # (B, 77)
+    return sd.text_encoder(ids.to(next(sd.text_encoder.parameters()).device))[0]
+
+
+def latent_size(sd, height=None, width=None):
+    """Pixels -> (h, w) of the latents; None means the size the model was trained at."""
+    f, default = sd.vae.config.factor, sd.unet.config.sample_size
+    for name, pixels in ("height", height), ("width", width):
+        if pixels is not None and (pixels < 1 or pixels % f):
+            raise UserError(f"{name} {pixels} is not a positive multiple of {f} pixels")
+    return (height // f if height else default), (width // f if width else default)
+
+
+def generate(sd, context, uncond, seeds, *, height=None, width=None, batch_size=4, after_step=lambda: None,
+             **settings):
+    """Yield one PIL image per seed, as their batches get done.
+
+    context, uncond: (N, L, C) with one row for each of the N seeds, or (1, L, C) for all of them; both of the
+    same L. height, width in pixels. after_step() is called after every step of every batch, for a progress
+    bar. settings: `steps`, `guidance`, `sampler`, `eta`, as for `denoise`.
+    """
+    h, w = latent_size(sd, height, width)
+    schedule, device = Schedule(sd.scheduler), next(sd.unet.parameters()).device
+    context, uncond = context.expand(len(seeds), -1, -1), uncond.expand(len(seeds), -1, -1)
+    for start in range(0, len(seeds), batch_size):
+        rows = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
+        latents = draw_noise(generators, (sd.unet.config.in_channels, h, w), device)
+        for latents in denoise(sd.unet, schedule, latents, context[rows], uncond[rows],
+                               generators=generators, **settings):
+            after_step()
+        yield from to_images(sd.vae, latents)
+
+
+def save_png(image, path, settings):
+    """Write a PNG that carries `settings` as text, or nothing."""
+    info = PngInfo()
+    for key, value in settings.items():
+        info.add_text(key, str(value))
+    with atomic(path) as temporary:
+        image.save(temporary, pnginfo=info)
+
+
+def parse_args(argv=None):
+    parser = Parser(description="Draw pictures of a prompt with Stable Diffusion.")
+    count = number(int, 1, 10_000)
+    parser.add_argument("--prompt", required=True, help="what to draw; may be empty")
+    parser.add_argument("--negative", default="", help="what to steer away from, with --guidance above 1")
+    parser.add_argument("--weights", default=Path(__file__).parent / "tiny-sd", help="model: folder or file")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer, for weights that come without one")
+    parser.add_argument("--prediction", choices=["epsilon", "v_prediction"],
+                        help="what the UNet predicts, where the weights do not say or are wrong")
+    parser.add_argument("--steps", type=count, default=50, help="UNet evaluations per picture")
+    parser.add_argument("--guidance", type=number(float, 0, 1000), default=7.5, help="off up to 1")
+    parser.add_argument("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M)")
+    parser.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="ddim: fresh noise per step")
+    parser.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="of the first picture")
+    parser.add_argument("-n", type=count, default=1, help="how many pictures")
+    parser.add_argument("--batch-size", type=count, default=4, help="pictures at a time")
+    parser.add_argument("--height", type=int, help="in pixels; the model's own if left out")
+    parser.add_argument("--width", type=int, help="in pixels; the model's own if left out")
+    add_device_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to")
+    args = parser.parse_args(argv)
+    if args.eta and args.sampler == "dpm":
+        raise UserError("--eta is an option of --sampler ddim")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, dtype = pick_device(args.device, args.dtype)
+    check_writable(args.out)
+    sd = weights.load(args.weights, dtype=dtype, device=device, tokenizer=args.tokenizer,
+                      prediction_type=args.prediction)
+    Schedule(sd.scheduler).trajectory(args.steps, args.sampler)  # complain before the work, not in it
+    f, (h, w) = sd.vae.config.factor, latent_size(sd, args.height, args.width)
+    context, uncond = encode_prompts(sd, [args.prompt]), encode_prompts(sd, [args.negative])
+
+    settings = {"height": h * f, "width": w * f, "steps": args.steps, "guidance": args.guidance,
+                "sampler": args.sampler, "eta": args.eta}
+    texts = {"prompt": args.prompt, "negative": args.negative, **settings, "dtype": dtype,
+             "weights": args.weights, "prediction": sd.scheduler["prediction_type"]}
+    seeds, images = range(args.seed, args.seed + args.n), []
+    total = math.ceil(args.n / args.batch_size) * args.steps
+    with tqdm(total=total, disable=None) as bar:  # None: where stderr is no terminal
+        for image in generate(sd, context, uncond, seeds, batch_size=args.batch_size, after_step=bar.update,
+                              **settings):
+            save_png(image, args.out / f"{len(images):04}.png", texts | {"seed": seeds[len(images)]})
+            images.append(image)
+    if args.n > 1:
+        save_png(grid(images), args.out / "grid.png", texts | {"seed": args.seed, "n": args.n})
+    print(f"{args.n} picture{'s' * (args.n > 1)} in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
