@@ -22,8 +22,9 @@ from tqdm import tqdm
 import data
 from cli import Parser, atomic, run
 from clip_text import CLIPTextConfig, CLIPTextModel, train_tokenizer
-from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
-from sample import Schedule, encode_prompts, generate, grid
+from livo import encode_prompts
+from retrieve import BIAS, TOXIC
+from sample import Schedule, generate, grid
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig, sample_latent
 from weights import SCHEDULER, StableDiffusion, save
@@ -41,17 +42,17 @@ UNET_CONFIG = UNetConfig(
     attention_head_dim=(2, 3, 4), down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
 )  # fmt: skip
-PICTURES, STEPS, BATCH = 48_000, 4_000, 64
+PICTURES, STEPS, BATCH = 48_000, 2_800, 64
 PROMPT_DROP = 0.1  # share of empty captions, for classifier-free guidance
 SNR_CAP = 5  # min-SNR weighting, arXiv 2303.09556: nearly clean latents teach the least per unit of error
 EMA_DECAY = 0.998
 
 LEARNING_RATE, WARMUP = 1e-3, 100
-SAVE_EVERY = 250
+SAVE_EVERY = 500
 HELD_OUT = 10**6  # seeds from here on are never trained on
 
 # Words that no caption has, but that a value encoder for this model will read.
-VOCABULARY = (GENDER, RACE, NUDITY, BLOODY, ZOMBIE, "smoking considered inappropriate")
+VOCABULARY = (*BIAS, *TOXIC, "smoking considered inappropriate")
 PREVIEW = ("a portrait of a doctor", "a photo of a nurse", "a picture of a firefighter", "a woman judge with dark skin",
            "a bloody soldier", "a photo of the face of a zombie chef", "a smoking artist", "a man with brown skin")
 
@@ -176,7 +177,7 @@ def fit_unet(vae, tokenizer, folder):
     def preview(averaged, step):
         sd, prompts = checkpoint(averaged), [prompt for prompt in PREVIEW for _ in PREVIEW]
         context, uncond = encode_prompts(sd, prompts), encode_prompts(sd, [""])
-        images = generate(sd, context, uncond, range(len(prompts)), batch_size=32, steps=25, guidance=5, sampler="dpm")
+        images = generate(sd, context, uncond, range(len(prompts)), batch_size=32, steps=15, guidance=5, sampler="dpm")
         path = folder / f"preview-{step:05}.png"
         grid(list(images)).save(path)
         return path

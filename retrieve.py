@@ -8,6 +8,7 @@ import unicodedata
 
 GENDER, RACE = "gender equality", "racial equality"
 NUDITY, BLOODY, ZOMBIE = (f"{scene} considered inappropriate" for scene in ("nudity", "bloody", "zombie"))
+BIAS, TOXIC = (GENDER, RACE), (NUDITY, BLOODY, ZOMBIE)
 
 
 def table(entries, plurals=False):

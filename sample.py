@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
+from livo import ValueEncoder, make_context, make_uncond
+from retrieve import BIAS, retrieve
 
 # What a scheduler_config.json may ask for, and the one answer there is to each here. A file without the key
 # means that answer too. DDIM never looks at the second group, whichever scheduler the file was written for.
@@ -183,11 +185,19 @@ def grid(images):
     return sheet
 
 
-@torch.no_grad()
-def encode_prompts(sd, prompts):
-    """B texts -> the context (B, 77, C) that the UNet attends to, on its device."""
-    ids = sd.tokenizer(prompts)  # (B, 77)
-    return sd.text_encoder(ids.to(next(sd.text_encoder.parameters()).device))[0]
+def comparison(without, with_value, principle):
+    """Two captioned rows of pictures of the same noise: without the value token, and with it."""
+    captions, (width, height) = ("without a principle", principle), without[0].size
+    font = ImageFont.load_default()
+    strip = 16  # pixels for a caption in the default font
+    columns = max(len(without) * width, *(math.ceil(font.getlength(caption)) + 8 for caption in captions))
+    sheet = Image.new("RGB", (columns, 2 * (height + strip)), "white")
+    for row, (caption, images) in enumerate(zip(captions, (without, with_value))):
+        top = row * (height + strip)
+        ImageDraw.Draw(sheet).text((4, top + 2), caption, "black", font)
+        for column, image in enumerate(images):
+            sheet.paste(image, (column * width, top + strip))
+    return sheet
 
 
 def latent_size(sd, height=None, width=None):
@@ -199,12 +209,12 @@ def latent_size(sd, height=None, width=None):
     return (height // f if height else default), (width // f if width else default)
 
 
-def generate(sd, context, uncond, seeds, *, height=None, width=None, batch_size=4, after_step=lambda: None,
+def generate(sd, context, uncond, seeds, *, height=None, width=None, batch_size=4, after_step=lambda b: None,
              **settings):
     """Yield one PIL image per seed, as their batches get done.
 
     context, uncond: (N, L, C) with one row for each of the N seeds, or (1, L, C) for all of them; both of the
-    same L. height, width in pixels. after_step() is called after every step of every batch, for a progress
+    same L. height, width in pixels. after_step(b) is called after every step of a batch of b, for a progress
     bar. settings: `steps`, `guidance`, `sampler`, `eta`, as for `denoise`.
     """
     h, w = latent_size(sd, height, width)
@@ -216,7 +226,7 @@ def generate(sd, context, uncond, seeds, *, height=None, width=None, batch_size=
         latents = draw_noise(generators, (sd.unet.config.in_channels, h, w), device)
         for latents in denoise(sd.unet, schedule, latents, context[rows], uncond[rows],
                                generators=generators, **settings):
-            after_step()
+            after_step(len(latents))
         yield from to_images(sd.vae, latents)
 
 
@@ -229,12 +239,62 @@ def save_png(image, path, settings):
         image.save(temporary, pnginfo=info)
 
 
+def choose_principles(choices, prompt):
+    """The option --principle -> the principles to apply. "auto" retrieves them from the prompt, "none" is none."""
+    chosen = []
+    for choice in choices:
+        chosen += retrieve(prompt) if choice == "auto" else [] if choice == "none" else [choice]
+    return list(dict.fromkeys(chosen))
+
+
+def spread(n, share):
+    """Which of n pictures get a value token: `share` of them, evenly spread; a list of n booleans."""
+    passed = [math.floor(i * share + 1e-9) for i in range(n + 1)]  # 1e-9: 10 × 0.1 falls short of 1
+    return [after > before for before, after in zip(passed, passed[1:])]
+
+
+def draw(sd, prompt, negative, principles, value_encoder, seeds, *, share=None, unpadded=False, **settings):
+    """Yield (row, PIL image, its principles) for each of the seeds, in batches of equal principles.
+
+    share: of the pictures that get a value token; None is 0.5 for the bias principles, so that the over- and
+    the under-produced attribute balance (section 4 of the paper), and 1 for the others. settings: see `generate`.
+    """
+    gets = {p: spread(len(seeds), (0.5 if p in BIAS else 1) if share is None else share) for p in principles}
+    active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]
+    for chosen in sorted(set(active), key=len):
+        rows = [row for row in range(len(seeds)) if active[row] == chosen]
+        with torch.no_grad():
+            context = make_context(sd, [prompt], chosen, value_encoder, unpadded=unpadded)  # (1, L, C)
+            uncond = make_uncond(sd, context.shape[1], negative, unpadded)
+        images = generate(sd, context, uncond, [seeds[row] for row in rows], **settings)
+        for row, image in zip(rows, images):
+            yield row, image, chosen
+
+
+def load_value_encoder(source, weights_source, device):
+    """The value encoder at `source`, or else the one that lies in the folder of the weights, or None."""
+    beside = Path(weights_source) / "value_encoder"
+    if source is None and not beside.is_dir():
+        return None
+    return weights.load_text_encoder(source or beside, network=ValueEncoder, device=device)
+
+
 def parse_args(argv=None):
-    parser = Parser(description="Draw pictures of a prompt with Stable Diffusion.")
+    parser = Parser(description="Draw pictures of a prompt with Stable Diffusion, and of a value principle with LiVO.")
     count = number(int, 1, 10_000)
     parser.add_argument("--prompt", required=True, help="what to draw; may be empty")
     parser.add_argument("--negative", default="", help="what to steer away from, with --guidance above 1")
-    parser.add_argument("--weights", default=Path(__file__).parent / "tiny-sd", help="model: folder or file")
+    parser.add_argument("--principle", action="append", help="auto, none or a text such as 'gender equality'; given "
+                        "more than once, one value token each; auto retrieves from the prompt (default: auto)")
+    parser.add_argument("--value-encoder", help="LiVO's trained part: folder or hub name; by default the "
+                        "value_encoder/ in the folder of the weights")
+    parser.add_argument("--value-share", type=number(float, 0, 1), help="share of the pictures that get the value "
+                        "token (default: 0.5 for bias principles, 1 for others)")
+    parser.add_argument("--unpadded", action="store_true", help="build the context as the authors' inference code "
+                        "does, for their value encoder")
+    parser.add_argument("--compare", action="store_true", help="also compare.png: without the principle above, with "
+                        "it below, from the same noise")
+    parser.add_argument("--weights", default=Path(__file__).parent / "tiny-sd", help="model: folder, file or hub name")
     parser.add_argument("--tokenizer", help="folder of the tokenizer, for weights that come without one")
     parser.add_argument("--prediction", choices=["epsilon", "v_prediction"],
                         help="what the UNet predicts, where the weights do not say or are wrong")
@@ -263,21 +323,38 @@ def main(argv=None):
                       prediction_type=args.prediction)
     Schedule(sd.scheduler).trajectory(args.steps, args.sampler)  # complain before the work, not in it
     f, (h, w) = sd.vae.config.factor, latent_size(sd, args.height, args.width)
-    context, uncond = encode_prompts(sd, [args.prompt]), encode_prompts(sd, [args.negative])
+
+    principles = choose_principles(args.principle or ["auto"], args.prompt)
+    value_encoder = load_value_encoder(args.value_encoder, args.weights, device) if principles else None
+    if principles and value_encoder is None:
+        if args.principle:
+            raise UserError(f"--principle {principles[0]}: expected a value encoder, got none in {args.weights}; "
+                            "pass --value-encoder")
+        principles = []
+    print("principle:", ", ".join(principles) or "none")
 
     settings = {"height": h * f, "width": w * f, "steps": args.steps, "guidance": args.guidance,
                 "sampler": args.sampler, "eta": args.eta}
     texts = {"prompt": args.prompt, "negative": args.negative, **settings, "dtype": dtype,
              "weights": args.weights, "prediction": sd.scheduler["prediction_type"]}
-    seeds, images = range(args.seed, args.seed + args.n), []
-    total = math.ceil(args.n / args.batch_size) * args.steps
-    with tqdm(total=total, disable=None) as bar:  # None: where stderr is no terminal
-        for image in generate(sd, context, uncond, seeds, batch_size=args.batch_size, after_step=bar.update,
-                              **settings):
-            save_png(image, args.out / f"{len(images):04}.png", texts | {"seed": seeds[len(images)]})
-            images.append(image)
+    seeds = range(args.seed, args.seed + args.n)
+    runs = [principles, []] if args.compare else [principles]
+    images = [[None] * args.n for _ in runs]
+    with tqdm(total=args.n * args.steps * len(runs), disable=None) as bar:  # None: where stderr is no terminal
+        settings |= {"share": args.value_share, "unpadded": args.unpadded, "batch_size": args.batch_size,
+                     "after_step": bar.update}
+        for run_images, run_principles in zip(images, runs):
+            for row, image, active in draw(sd, args.prompt, args.negative, run_principles, value_encoder, seeds,
+                                           **settings):
+                run_images[row] = image
+                if run_images is images[0]:
+                    save_png(image, args.out / f"{row:04}.png",
+                             texts | {"seed": seeds[row], "principle": ", ".join(active) or "none"})
+    texts |= {"seed": args.seed, "n": args.n, "principle": ", ".join(principles) or "none"}
     if args.n > 1:
-        save_png(grid(images), args.out / "grid.png", texts | {"seed": args.seed, "n": args.n})
+        save_png(grid(images[0]), args.out / "grid.png", texts)
+    if args.compare:
+        save_png(comparison(images[1], images[0], texts["principle"]), args.out / "compare.png", texts)
     print(f"{args.n} picture{'s' * (args.n > 1)} in {args.out}")
 
 

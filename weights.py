@@ -114,8 +114,8 @@ def load(source, *, dtype=torch.float32, vae_dtype=torch.float32, device="cpu", 
                            scheduler={**scheduler, "prediction_type": prediction_type})
 
 
-def load_text_encoder(source, *, dtype=torch.float32, device="cpu"):
-    """A folder or hub name holding a text encoder or a value_encoder/ -> CLIPTextModel, frozen."""
+def load_text_encoder(source, *, network=CLIPTextModel, dtype=torch.float32, device="cpu"):
+    """A folder or hub name holding a text encoder or a value_encoder/ -> `network`, frozen."""
 
     def place(names):
         for prefix in ("", "value_encoder/"):
@@ -132,7 +132,7 @@ def load_text_encoder(source, *, dtype=torch.float32, device="cpu"):
     if not path.is_dir():
         raise UserError(f"{path}: expected the folder of a text encoder, got a file")
     part = read_network(path / place(listing(path)), CLIPTextModel, dtype)
-    return build(CLIPTextModel, part, dtype, device)
+    return build(network, part, dtype, device)
 
 
 # ── finding: a string to a local path, a folder to its weight files ─────────────────────────────────────────
