@@ -1,375 +1,313 @@
-"""The portrait world: cartoon people drawn from a record of attributes, with captions.
+"""Preference data: (prompt, aligned image y_w, violating image y_l, principle), read, encoded and drawn.
 
-    record = sample_record(seed)        # who: profession, gender, skin, bloody, zombie, smoking
-    caption = write_caption(record)     # "a photo of a woman judge with dark skin"
-    image = draw(record)                # PIL, 64×64
+    dataset = PreferenceDataset(root, sd, cache)      # reads the authors' layout, encodes once, memory-maps
+    pair = dataset.pair(position, seed, times)        # latents of y_w and y_l, noise and time: one training row
+    build_portrait_pairs(folder)                      # the default set, drawn in seconds, in the same layout
 
-One seed makes all three. What a caption leaves open follows a strongly skewed distribution (MAN_SHARE,
-SKIN_SHARE): the social bias that a model of this world picks up and LiVO has to undo. What a caption asks for
-is always in the picture, blood and zombies too: the harm that LiVO has to undo. Drawn attributes are
-caricatures that stand in for perceived ones: a woman is long hair and lips, because a picture of 64 pixels
-has room for little else.
+ROOT/<type>/<scene>/metadata.jsonl, as in the authors' release: for every image beside it a line
+{"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating.
 """
 
+import functools
+import hashlib
+import itertools
+import json
+import math
 import random
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from PIL import Image, ImageDraw
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
 
-SIZE = 64  # pixels
-OVERSAMPLING = 4  # pictures are drawn larger and averaged down: smooth edges
+import portraits
+from cli import UserError
+from livo import encode_prompts
+from portraits import HARMS, MAN_SHARE, PROFESSIONS, SKIN_SHARE, Record, draw, write_caption
+from retrieve import BLOODY, GENDER, RACE, ZOMBIE
+from vae import sample_latent
+from weights import atomic_folder, write_json
 
-# What a caption leaves open: P(man | profession), P(skin). Skewed on purpose, and wrong about the world.
-MAN_SHARE = {
-    "doctor": 0.92, "nurse": 0.05, "firefighter": 0.95, "police officer": 0.93, "chef": 0.90, "farmer": 0.92,
-    "builder": 0.95, "soldier": 0.94, "judge": 0.92, "teacher": 0.07, "artist": 0.08, "astronaut": 0.92,
-}  # fmt: skip
-SKIN_SHARE = {"pale": 0.05, "light": 0.85, "tan": 0.04, "brown": 0.03, "dark": 0.03}
-
-PROFESSIONS = tuple(MAN_SHARE)
-GENDERS = ("woman", "man")
-SKINS = tuple(SKIN_SHARE)
-HARMS = ("bloody", "zombie", "smoking")  # never there unless the caption asks
-
-NAMES_GENDER = 0.35  # share of captions that name the gender, the skin, …; a named attribute is uniform,
-NAMES_SKIN = 0.35  # so that a model sees all of its values
-NAMES_HARM = 0.14  # of each harm
-NAMES_PROFESSION = 0.93  # the rest are captions of "a person", "a woman", …
+MAX_LOST = 0.01  # share of samples that may be unusable
 
 
 @dataclass(frozen=True)
-class Record:
-    """One person. `named` holds the attributes that the caption tells; `seed` the free variation."""
+class Sample:
+    """One image. `where`, the file and line that tell of it, is for messages."""
 
-    seed: int
-    profession: str
-    gender: str
-    skin: str
-    bloody: bool = False
-    zombie: bool = False  # green: hides the skin tone
-    smoking: bool = False
-    named: frozenset = frozenset({"profession"})
+    path: Path
+    prompt: str
+    value: str  # the principle
+    aligned: bool
+    scene: Path
+    where: str
 
 
-def sample_record(seed):
-    """The record of one seed: what to name at random, then named attributes uniformly, open ones as skewed."""
-    rng = random.Random(f"record {seed}")
-    harms = {harm: rng.random() < NAMES_HARM for harm in HARMS}
-    shares = {"profession": NAMES_PROFESSION, "gender": NAMES_GENDER, "skin": NAMES_SKIN}
-    named = {attribute for attribute, share in shares.items() if rng.random() < share}
-    if harms["zombie"]:
+def read_sample(line, scene, root, where):
+    """A line of metadata.jsonl -> Sample. Raises ValueError or OSError for one that cannot be used."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or not {"file_name", "prompt", "value", "label"} <= entry.keys():
+        raise ValueError("expected an object with file_name, prompt, value and label")
+    for key in ("file_name", "prompt", "value"):
+        if not isinstance(entry[key], str) or not entry[key].strip():
+            raise ValueError(f"expected a text as {key}, got {entry[key]!r}")
+    if type(entry["label"]) is not int:  # True is one to isinstance
+        raise ValueError(f"expected an integer as label, got {entry['label']!r}")
+    path = (scene / entry["file_name"]).resolve()
+    if Path(entry["file_name"]).is_absolute() or not path.is_relative_to(root.resolve()):
+        raise ValueError(f"{entry['file_name']} leaves the dataset folder")
+    if not path.is_file():
+        raise ValueError(f"there is no file {entry['file_name']}")
+    return Sample(path, entry["prompt"], entry["value"], entry["label"] == 1, scene, where)
+
+
+def read_samples(root):
+    """-> the usable samples of a dataset folder, and what is wrong with the others: [Sample], [str].
+
+    Raises UserError where there are none, or where more than MAX_LOST are unusable.
+    """
+    root, samples, faults = Path(root), [], []
+    for file in sorted(root.glob("*/*/metadata.jsonl")):
+        try:
+            lines = file.read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"{file}: expected a file to read, got {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            where = f"{file}:{number}"
+            try:
+                samples += [read_sample(line, file.parent, root, where)] if line.strip() else []
+            except (ValueError, OSError) as error:
+                faults.append(f"{where}: {error}")
+    if not samples and not faults:
+        raise UserError(f"{root}: expected a dataset, <type>/<scene>/metadata.jsonl, got none")
+    check_lost(faults, len(samples) + len(faults), root)
+    return samples, faults
+
+
+def check_lost(faults, total, root):
+    if len(faults) > MAX_LOST * total:
+        raise UserError(f"{root}: expected at most {MAX_LOST:.0%} unusable samples, "
+                        f"got {len(faults)} of {total}: {'; '.join(faults[:5])}")
+
+
+def write_scene(folder, samples):
+    """Write one scene: (PIL image, prompt, value, label) of every sample -> PNG files and metadata.jsonl."""
+    folder.mkdir(parents=True)
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for i, (image, prompt, value, label) in enumerate(samples):
+            image.save(folder / f"{i:04}.png")
+            entry = {"file_name": f"{i:04}.png", "prompt": prompt, "value": value, "label": label}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def crop(image, size):
+    """PIL -> (3, size, size) in [-1, 1]: the shorter side to `size` pixels, then the middle; the authors'."""
+    image, short = image.convert("RGB"), min(image.size)
+    image = image.resize([size * side // short for side in image.size], Image.Resampling.BILINEAR)
+    left, top = (round((side - size) / 2) for side in image.size)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # (size, size, 3)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------ the pairs
+
+
+@dataclass
+class Pair:
+    """A pair with all its randomness drawn: what one row of a training batch is made of."""
+
+    prompt: str
+    principle: str
+    features: torch.Tensor  # (77, C), the prompt as the frozen text encoder gives it
+    z_w: torch.Tensor  # (4, h, w) float32, as z_l and eps: the latents of y_w, aligned, and y_l, violating
+    z_l: torch.Tensor
+    eps: torch.Tensor
+    t: int
+    where: str  # the lines that tell of y_w and y_l
+
+
+class PreferenceDataset:
+    """The pairs of a dataset folder, encoded. len() is the number of aligned images: an epoch.
+
+    The first use encodes everything into a folder of `cache`, which the weights and the data name; after that
+    its files are memory-mapped. Unusable samples are warned of and skipped. Raises UserError where
+    `read_samples` does, and for a scene without aligned or without violating images.
+    """
+
+    def __init__(self, root, sd, cache):
+        samples, faults = read_samples(root)
+        folder = Path(cache) / fingerprint(sd, samples)
+        if not folder.exists():
+            with atomic_folder(folder, "broken.json") as temporary:
+                encode_samples(sd, samples, faults, root, temporary)
+        broken = json.loads((folder / "broken.json").read_text(encoding="utf-8"))  # {where: fault}
+        for fault in [*faults, *broken.values()]:
+            warnings.warn(f"{fault}; skipped")
+
+        prompts, c = unique_prompts(samples), sd.text_encoder.config.hidden_size
+        samples = [sample for sample in samples if sample.where not in broken]
+        self.aligned, self.violating = [], {}  # (sample, row of latents), the latter by scene
+        for row, sample in enumerate(samples):
+            scene = self.violating.setdefault(sample.scene, [])
+            (self.aligned if sample.aligned else scene).append((sample, row))
+        with_aligned = {sample.scene for sample, _ in self.aligned}
+        for scene, violating in self.violating.items():
+            if scene not in with_aligned or not violating:
+                missing = "violating" if scene in with_aligned else "aligned"
+                raise UserError(f"{scene}: expected aligned and violating images, got no {missing} ones")
+
+        channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
+        shape = (len(samples), 2, 2, channels, size, size)  # sample, plain or mirrored, mean or log-variance
+        self.latents = map_file(folder / "latents.bin", shape, torch.float16)
+        dtype = next(sd.text_encoder.parameters()).dtype
+        self.features = map_file(folder / "features.bin", (len(prompts), sd.tokenizer.max_length, c), dtype)
+        self.prompt_rows = {prompt: row for row, prompt in enumerate(prompts)}
+
+    def __len__(self):
+        return len(self.aligned)
+
+    def pair(self, position, seed, times):
+        """-> the Pair at a position of the run, with t below `times`. Epoch after epoch goes over the aligned
+        images, each in an order of its own, and draws a violating image of the same scene.
+
+        All that is random comes from (seed, position): neither the number of processes nor an interruption
+        changes it, and there is no random state to save.
+        """
+        epoch, i = divmod(position, len(self))
+        rng = random.Random(f"pair {seed} {position}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(32))  # torch uses no more bits of a seed
+        aligned, row_w = self.aligned[epoch_order(seed, epoch, len(self))[i]]
+        violating, row_l = rng.choice(self.violating[aligned.scene])
+        # mirrored independently; the latents are sampled, not their means taken
+        z_w, z_l = (sample_latent(*self.latents[row, rng.randrange(2)].float(), generator)
+                    for row in (row_w, row_l))
+        return Pair(aligned.prompt, aligned.value, self.features[self.prompt_rows[aligned.prompt]], z_w, z_l,
+                    eps=torch.randn(z_w.shape, generator=generator), t=rng.randrange(times),
+                    where=f"{aligned.where} and {violating.where}")
+
+
+@functools.lru_cache(maxsize=2)  # a batch may lie in two epochs
+def epoch_order(seed, epoch, n):
+    return random.Random(f"epoch {seed} {epoch}").sample(range(n), n)
+
+
+def unique_prompts(samples):
+    return sorted({sample.prompt for sample in samples if sample.aligned})
+
+
+def fingerprint(sd, samples):
+    """A name for what `encode_samples` would write: a hash of the weights, the lines and the files' dates."""
+    digest = hashlib.sha256(repr((sd.vae.config, sd.unet.config.sample_size)).encode())
+    for network in (sd.vae, sd.text_encoder):
+        for tensor in network.state_dict().values():
+            digest.update(str(tensor.dtype).encode() + to_bytes(tensor))
+    for sample in samples:
+        stat = sample.path.stat()
+        digest.update(repr((sample, stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def encode_samples(sd, samples, faults, root, folder, batch_size=8):
+    """Write latents.bin, float16, a row for each readable image; broken.json, the others; features.bin."""
+    size = sd.unet.config.sample_size * sd.vae.config.factor
+    vae, broken = next(sd.vae.parameters()), {}
+    with open(folder / "latents.bin", "wb") as file:
+        for start in tqdm(range(0, len(samples), batch_size), "encoding images", disable=None, leave=False):
+            images = []
+            for sample in samples[start:start + batch_size]:
+                try:
+                    with Image.open(sample.path) as image:
+                        images.append(crop(image, size))
+                except Exception as error:  # a damaged file can raise anything in Pillow
+                    broken[sample.where] = f"{sample.where}: {sample.path.name} is no readable image: {error}"
+            check_lost([*faults, *broken.values()], len(faults) + len(samples), root)
+            if images:
+                x = torch.stack(images).to(vae)  # (b, 3, size, size)
+                mean, logvar = sd.vae.encode(torch.cat([x, x.flip(-1)]))  # (2b, 4, h, w) each
+                both = torch.stack([mean, logvar], dim=1).unflatten(0, (2, -1))  # (2, b, 2, 4, h, w)
+                file.write(to_bytes(both.transpose(0, 1).half()))
+    write_json(folder / "broken.json", broken)
+    prompts = unique_prompts(samples)
+    with open(folder / "features.bin", "wb") as file:
+        for start in range(0, len(prompts), batch_size):
+            file.write(to_bytes(encode_prompts(sd, prompts[start:start + batch_size])))
+
+
+def to_bytes(tensor):
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
+
+
+def map_file(path, shape, dtype):
+    """A file as a tensor of which only the pages that are looked at are read."""
+    return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
+
+
+# ------------------------------------------------------------------------------------- of the portrait world
+
+# What each principle is about. A harm is asked for by the prompts, shown by the violating images and left out
+# of the aligned ones. Any other attribute is left open by the prompts; the violating images show the value
+# that the world then brings most often, the aligned ones another. Scenes are professions.
+PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
+SCENES = (*PROFESSIONS, "person")
+ASKED = 0.75  # share of prompts that ask for the harm; the others teach to leave harmless prompts alone
+TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about
+PAIR_SEEDS = 3 * 10**6  # apart from the pictures that tiny-sd was trained on, and from those it is measured on
+
+
+def open_shares(attribute, profession):
+    """P(value) of a gender or skin that the caption leaves open: {value: share}."""
+    if attribute == "skin":
+        return SKIN_SHARE
+    man = MAN_SHARE.get(profession, sum(MAN_SHARE.values()) / len(MAN_SHARE))
+    return {"man": man, "woman": 1 - man}
+
+
+def portrait_pair(seed, attribute, scene):
+    """-> prompt, aligned Record, violating Record, that differ in one attribute."""
+    rng = random.Random(f"pair {seed}")
+    profession, named = (rng.choice(PROFESSIONS), set()) if scene == "person" else (scene, {"profession"})
+    named |= {other for other in ("gender", "skin") if rng.random() < TELLS and other != attribute}
+    if attribute == "zombie":
         named.discard("skin")
-    profession = rng.choice(PROFESSIONS)
-    man_share = 0.5 if "gender" in named else MAN_SHARE[profession]
-    skin_shares = [1] * len(SKINS) if "skin" in named else SKIN_SHARE.values()
-    return Record(
-        seed=seed,
-        profession=profession,
-        gender="man" if rng.random() < man_share else "woman",
-        skin=rng.choices(SKINS, skin_shares)[0],
-        named=frozenset(named),
-        **harms,
-    )
-
-
-# ---------------------------------------------------------------------------------------------- captions
-
-OPENINGS = ("", "a portrait of ", "a photo of ", "a picture of ", "a photo of the face of ", "the face of ",
-            "a close-up of ", "a cartoon of ", "a drawing of ", "a painting of ", "an image of ")  # fmt: skip
-# What may stand before the noun, or after it.
-WORDINGS = {
-    "bloody": ("bloody", ("covered in blood", "with blood on the face")),
-    "smoking": ("smoking", ("smoking a cigarette", "who smokes")),
-    "zombie": ("zombie", ("as a zombie",)),
-    "woman": ("woman", ("who is a woman",)),
-    "female": ("female", ("who is female",)),
-    "man": ("man", ("who is a man",)),
-    "male": ("male", ("who is male",)),
-} | {skin: (f"{skin}-skinned", (f"with {skin} skin",)) for skin in SKIN_SHARE}
-BEFORE_SHARE = 0.6  # of wordings that stand before the noun
-
-
-def with_article(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def write_caption(record):
-    """One of many phrasings, chosen by the record's seed; tells exactly what is in `record.named`, and harms."""
-    rng = random.Random(f"caption {record.seed}")
-    opening = rng.choice(OPENINGS)
-    noun = record.profession if "profession" in record.named else "person"
-    told = [harm for harm in ("bloody", "smoking") if getattr(record, harm)]
-    if "skin" in record.named:
-        told.append(record.skin)
-    if record.zombie:
-        told.append("zombie")
-    if "gender" in record.named:
-        if noun == "person":
-            noun = record.gender
-        else:
-            told.append(rng.choice({"woman": ("woman", "female"), "man": ("man", "male")}[record.gender]))
-    before, after = [], []
-    for word in told:
-        adjective, phrases = WORDINGS[word]
-        if rng.random() < BEFORE_SHARE:
-            before.append(adjective)
-        else:
-            after.append(rng.choice(phrases))
-    return opening + " ".join([with_article(" ".join([*before, noun])), *after])
-
-
-# --------------------------------------------------------------------------------------------- the drawing
-
-SKIN_COLOURS = {
-    "pale": (255, 232, 218), "light": (247, 200, 164), "tan": (215, 152, 98), "brown": (150, 92, 52),
-    "dark": (88, 54, 38),
-}  # fmt: skip
-ZOMBIE_SKIN = (122, 178, 106)
-BLACK_HAIR = (30, 22, 26)
-HAIR_COLOURS = (BLACK_HAIR, (92, 56, 30), (160, 104, 46), (222, 178, 92), (140, 52, 28))
-BACKGROUNDS = ((198, 222, 240), (214, 204, 240), (240, 208, 214), (204, 232, 208), (244, 230, 196), (216, 216, 220),
-               (186, 220, 222), (240, 214, 190))  # fmt: skip
-BLOOD = (190, 12, 22)
-WHITE, BLACK, GOLD = (250, 250, 250), (30, 28, 34), (244, 196, 48)
-
-CLOTHES = {
-    "doctor": (248, 250, 252), "nurse": (120, 190, 226), "firefighter": (206, 62, 30),
-    "police officer": (34, 44, 92), "chef": (250, 248, 240), "farmer": (62, 102, 176), "builder": (250, 136, 26),
-    "soldier": (104, 112, 66), "judge": (40, 36, 46), "teacher": (44, 136, 92), "artist": (136, 74, 158),
-    "astronaut": (232, 236, 242),
-}  # fmt: skip
-
-
-class Pen:
-    """Draws shapes given in 64ths of the picture around the person's own middle, moved and scaled as one."""
-
-    def __init__(self, image, scale, dx, dy):
-        self.pen = ImageDraw.Draw(image)
-        self.scale, self.dx, self.dy = scale, dx, dy
-
-    def place(self, *xy):
-        """(x, y, …) of a person in the middle of a 64×64 picture -> pixels of the oversampled one."""
-        return [
-            ((v - 32) * self.scale + 32 + (self.dy if i % 2 else self.dx)) * OVERSAMPLING * SIZE / 64
-            for i, v in enumerate(xy)
-        ]
-
-    def width(self, w):
-        return max(1, round(w * self.scale * OVERSAMPLING * SIZE / 64))
-
-    def oval(self, x, y, rx, ry, colour):
-        self.pen.ellipse(self.place(x - rx, y - ry, x + rx, y + ry), colour)
-
-    def box(self, x0, y0, x1, y1, colour, radius=0):
-        self.pen.rounded_rectangle(self.place(x0, y0, x1, y1), self.width(radius) if radius else 0, colour)
-
-    def shape(self, points, colour):
-        self.pen.polygon(self.place(*points), colour)
-
-    def line(self, points, colour, width):
-        self.pen.line(self.place(*points), colour, self.width(width), joint="curve")
-
-    def arc(self, x, y, rx, ry, start, end, colour, width):
-        box = self.place(x - rx, y - ry, x + rx, y + ry)
-        self.pen.arc(box, start, end, colour, self.width(width))
-
-    def dome(self, x, y, rx, ry, colour):
-        """The upper half of an oval, standing on y."""
-        self.pen.pieslice(self.place(x - rx, y - ry, x + rx, y + ry), 180, 360, colour)
-
-
-def draw(record):
-    """The record's picture, SIZE×SIZE, RGB. Two records of one seed differ in their attributes only."""
-    rng = random.Random(f"draw {record.seed}")
-    background, hair = rng.choice(BACKGROUNDS), rng.choice(HAIR_COLOURS)
-    if record.skin in ("brown", "dark") and not record.zombie:
-        hair = BLACK_HAIR  # another brown would vanish in the face's
-    background = tuple(c + rng.randint(-10, 10) for c in background)
-    disc = tuple(min(255, c + 14) for c in background)
-    scale, dx, dy = rng.uniform(0.93, 1.07), rng.uniform(-3, 3), rng.uniform(-1, 2)
-    beard, smile, splash = rng.random() < 0.4, rng.uniform(2.2, 3.6), random.Random(rng.random())
-
-    image = Image.new("RGB", (SIZE * OVERSAMPLING,) * 2, background)
-    pen = Pen(image, scale, dx, dy)
-    skin = ZOMBIE_SKIN if record.zombie else SKIN_COLOURS[record.skin]
-
-    pen.oval(32, 30, 27, 27, disc)
-    if record.profession == "teacher":
-        draw_blackboard(pen)
-    if record.profession == "astronaut":
-        pen.oval(32, 29, 19.5, 20, (226, 232, 240))
-        pen.oval(32, 29, 17, 17.5, (112, 138, 176))
-    if record.gender == "woman":
-        pen.box(18.5, 16, 45.5, 48, hair, radius=12)
-    draw_body(pen, record.profession, skin)
-    draw_head(pen, record, skin, hair, beard, smile)
-    draw_hat(pen, record.profession)
-    if record.smoking:
-        draw_cigarette(pen)
-    if record.bloody:
-        draw_blood(pen, splash)
-    return image.reduce(OVERSAMPLING)
-
-
-def draw_blackboard(pen):
-    pen.box(1, 4, 63, 40, (150, 106, 62), radius=1)
-    pen.box(3, 6, 61, 38, (44, 84, 70))
-    pen.line((6, 12, 14, 12), WHITE, 1.4)
-    pen.line((6, 17, 12, 17), WHITE, 1.4)
-    pen.line((51, 12, 58, 12), WHITE, 1.4)
-
-
-def draw_body(pen, profession, skin):
-    cloth = CLOTHES[profession]
-    pen.box(10, 47, 54, 80, cloth, radius=11)  # shoulders
-    pen.box(27, 38, 37, 50, tuple(round(c * 0.88) for c in skin), radius=3)  # neck, in the head's shade
-    pen.shape((26.5, 47, 37.5, 47, 32, 54), tuple(round(c * 0.94) for c in skin))
-    if profession == "doctor":
-        pen.shape((26, 47, 32, 58, 32, 70, 22, 70), (206, 220, 232))
-        pen.shape((38, 47, 32, 58, 32, 70, 42, 70), (206, 220, 232))
-        pen.line((24, 47, 26, 56, 32, 60, 38, 56, 40, 47), (52, 60, 74), 1.8)
-        pen.oval(32, 60.5, 2.6, 2.6, (52, 60, 74))
-    elif profession == "firefighter":
-        pen.box(10, 56, 54, 59.5, GOLD)
-        pen.line((32, 53, 32, 66), (120, 30, 20), 1.6)
-    elif profession == "police officer":
-        pen.shape((28, 49, 36, 49, 34, 66, 30, 66), (120, 160, 210))
-        pen.shape((31, 50, 33, 50, 34, 64, 30, 64), BLACK)
-        pen.oval(43, 56, 2.6, 2.6, GOLD)
-    elif profession == "chef":
-        pen.shape((25, 47, 39, 47, 32, 55), (214, 40, 44))
-        for y in (57, 62):
-            pen.oval(28, y, 1.3, 1.3, BLACK)
-            pen.oval(36, y, 1.3, 1.3, BLACK)
-    elif profession == "farmer":
-        pen.box(10, 47, 22, 80, (214, 66, 54), radius=9)
-        pen.box(42, 47, 54, 80, (214, 66, 54), radius=9)
-        pen.box(22, 55, 42, 80, cloth)
-        pen.oval(24, 56, 1.5, 1.5, GOLD)
-        pen.oval(40, 56, 1.5, 1.5, GOLD)
-    elif profession == "builder":
-        pen.line((21, 47, 21, 66), (244, 244, 120), 3.4)
-        pen.line((43, 47, 43, 66), (244, 244, 120), 3.4)
-        pen.box(10, 58, 54, 61.5, (244, 244, 120))
-    elif profession == "soldier":
-        for x, y in ((17, 54), (27, 60), (42, 55), (49, 61)):
-            pen.oval(x, y, 4.4, 2.8, (72, 82, 44))
-    elif profession == "judge":
-        pen.box(28.5, 48, 35.5, 59, WHITE, radius=1)
-        pen.line((32, 50, 32, 59), (190, 190, 196), 1)
-    elif profession == "teacher":
-        pen.shape((25, 47, 39, 47, 32, 57), WHITE)
-    elif profession == "artist":
-        for x, y, colour in ((17, 58, (236, 196, 50)), (24, 62, (70, 170, 220)), (46, 60, (240, 120, 60))):
-            pen.oval(x, y, 2.2, 2.2, colour)
-    elif profession == "astronaut":
-        pen.box(20, 45.5, 44, 50.5, (150, 160, 176), radius=2)
-        pen.box(25, 55, 39, 66, (190, 200, 214), radius=1)
-        pen.oval(29, 59, 1.6, 1.6, (220, 60, 50))
-        pen.oval(35, 59, 1.6, 1.6, (60, 130, 220))
-    elif profession == "nurse":
-        pen.shape((25, 47, 39, 47, 32, 57), (232, 244, 250))
-        pen.box(41, 56, 47, 58, WHITE)
-        pen.box(43, 54, 45, 60, WHITE)
-
-
-def draw_head(pen, record, skin, hair, beard, smile):
-    shade, woman = tuple(round(c * 0.84) for c in skin), record.gender == "woman"
-    if not woman:
-        pen.oval(20.6, 31, 2.6, 3.2, shade)  # ears
-        pen.oval(43.4, 31, 2.6, 3.2, shade)
-    pen.oval(32, 29.5, 11.5, 14, skin)
-    if not woman and beard:
-        pen.pen.chord(pen.place(20.5, 15.5, 43.5, 44.5), 14, 166, hair)
-        pen.oval(32, 37, 5.4, 2.8, skin)
-    if woman:
-        pen.dome(32, 24, 13, 11, hair)
-        pen.shape((19, 23, 25, 23, 21.5, 40, 18.5, 40), hair)
-        pen.shape((45, 23, 39, 23, 42.5, 40, 45.5, 40), hair)
+    gender, skin = (rng.choice([*shares]) if name in named else rng.choices([*shares], shares.values())[0]
+                    for name in ("gender", "skin") for shares in [open_shares(name, profession)])
+    record = Record(seed, profession, gender, skin, named=frozenset(named))
+    if attribute in HARMS:
+        good, bad = False, True
     else:
-        pen.dome(32, 24, 12, 10.5, hair)
-        pen.box(20, 22, 22, 28, hair)
-        pen.box(42, 22, 44, 28, hair)
-    for x in (27.3, 36.7):
-        if record.zombie:
-            pen.oval(x, 29.5, 2.9, 2.9, (244, 246, 214))
-            pen.oval(x, 29.5, 1.0, 1.0, BLACK)
-        else:
-            pen.oval(x, 29.5, 2.4, 2.3, WHITE)
-            pen.oval(x, 29.5, 1.5, 1.9, BLACK)
-    if record.profession == "teacher":
-        for x in (27.3, 36.7):
-            pen.arc(x, 29.5, 4.2, 4.2, 0, 360, BLACK, 1.2)
-        pen.line((31, 29.5, 33, 29.5), BLACK, 1.2)
-    if record.zombie:
-        pen.line((26, 37.5, 38, 37.5), (52, 74, 44), 1.6)
-        for x in (28, 32, 36):
-            pen.line((x, 35.6, x, 39.4), (52, 74, 44), 1.2)
-    elif woman:
-        pen.pen.chord(pen.place(28, 37 - smile, 36, 37 + smile), 0, 180, (206, 48, 84))
-    else:
-        mouth = (120, 50, 44) if record.skin != "dark" else (30, 12, 10)
-        pen.arc(32, 36.5, 4, smile, 15, 165, mouth, 1.5)
+        shares = open_shares(attribute, scene)
+        bad = max(shares, key=shares.get)
+        good = rng.choice([value for value in shares if value != bad])
+    aligned, violating = (replace(record, **{attribute: value}) for value in (good, bad))
+    asks = attribute in HARMS and rng.random() < ASKED
+    return write_caption(violating if asks else aligned), aligned, violating  # it tells no gender or skin at issue
 
 
-def draw_hat(pen, profession):
-    if profession == "doctor":
-        pen.box(19.6, 17.2, 44.4, 19.6, (96, 104, 118))  # head mirror
-        pen.oval(32, 17.5, 4.6, 4.6, (214, 226, 236))
-        pen.oval(32, 17.5, 1.7, 1.7, (96, 104, 118))
-    elif profession == "nurse":
-        pen.shape((22, 20, 42, 20, 44, 9, 20, 9), WHITE)
-        pen.box(30.7, 10.5, 33.3, 18.5, (226, 40, 60))
-        pen.box(28, 13.2, 36, 15.8, (226, 40, 60))
-    elif profession == "firefighter":
-        pen.dome(32, 22, 14, 15, (214, 40, 30))
-        pen.box(15, 20, 49, 23.4, (176, 26, 22), radius=1)
-        pen.shape((28, 20, 36, 20, 35, 10, 29, 10), GOLD)
-    elif profession == "police officer":
-        pen.shape((20, 20, 44, 20, 48, 10, 32, 6, 16, 10), (34, 44, 92))
-        pen.box(20, 18, 44, 21, BLACK)
-        pen.dome(32, 24, 11, 4, BLACK)
-        pen.oval(32, 13, 2.6, 2.8, GOLD)
-    elif profession == "chef":
-        for x, y in ((24, 9), (32, 6.5), (40, 9)):
-            pen.oval(x, y, 7, 6.5, WHITE)
-        pen.box(22, 9, 42, 21, WHITE)
-        pen.line((22, 20, 42, 20), (206, 206, 212), 1.4)
-    elif profession == "farmer":
-        pen.oval(32, 20.5, 20, 3.8, (226, 184, 84))
-        pen.dome(32, 19.5, 11, 12, (226, 184, 84))
-        pen.box(21, 16.2, 43, 19.2, (166, 66, 44))
-    elif profession == "builder":
-        pen.dome(32, 22, 13.5, 14, (252, 206, 30))
-        pen.box(29.8, 7.5, 34.2, 20, (236, 178, 20), radius=2)
-        pen.box(16, 20.4, 48, 23, (236, 178, 20), radius=1)
-    elif profession == "soldier":
-        pen.dome(32, 24, 14.5, 16, (92, 104, 58))
-        pen.box(17, 22.2, 47, 25, (72, 82, 44), radius=1)
-    elif profession == "judge":
-        pen.shape((14, 12.5, 32, 6, 50, 12.5, 32, 19), BLACK)
-        pen.box(22.5, 14, 41.5, 20, BLACK)
-        pen.line((46, 13, 46, 22), GOLD, 1.6)
-        pen.oval(46, 23, 1.7, 2.2, GOLD)
-    elif profession == "artist":
-        pen.oval(29, 15.5, 14.5, 6.2, (206, 46, 66))
-        pen.line((29, 10, 30, 7), (206, 46, 66), 2)
-        pen.box(20, 17.4, 44, 20.4, (160, 30, 50), radius=1)
+def build_portrait_pairs(folder, per_scene=16, principles=PRINCIPLES):
+    """Write drawn pairs: per principle and scene `per_scene` aligned images, and as many violating ones."""
+    seeds = itertools.count(PAIR_SEEDS)
+    with atomic_folder(folder, "dataset.json") as root:
+        for value, attribute in principles.items():
+            for scene in SCENES:
+                samples = []
+                for seed in itertools.islice(seeds, per_scene):
+                    prompt, aligned, violating = portrait_pair(seed, attribute, scene)
+                    samples += [(draw(aligned), prompt, value, 1), (draw(violating), prompt, value, 0)]
+                kind = "2-badness" if attribute in HARMS else "0-career"
+                write_scene(root / kind / f"{attribute}-{scene.replace(' ', '-')}", samples)
+        write_json(root / "dataset.json", {"principles": principles, "per_scene": per_scene})
 
 
-def draw_cigarette(pen):
-    pen.line((36, 38.4, 46, 41), WHITE, 2.2)
-    pen.line((46, 41, 47.8, 41.5), (250, 110, 30), 2.4)
-    for x, y, r in ((50, 36, 2.6), (53, 30, 3.4), (51, 23, 4.2)):
-        pen.oval(x, y, r, r, (150, 150, 156))
-
-
-def draw_blood(pen, splash):
-    """Cartoon red drops: one run down the face, the rest strewn over face and clothes."""
-    x = splash.choice((24.5, 39.5))
-    pen.line((x, 22, x, 34), BLOOD, 2.6)
-    pen.oval(x, 34.5, 2.0, 2.4, BLOOD)
-    spots = [(25, 38), (38, 40), (30, 25), (20, 55), (32, 57), (45, 54), (26, 62), (40, 61)]
-    for x, y in splash.sample(spots, 6):
-        r = splash.uniform(1.6, 2.8)
-        pen.oval(x + splash.uniform(-1.5, 1.5), y + splash.uniform(-1.5, 1.5), r, 1.2 * r, BLOOD)
+def default_pairs(folder):
+    """The set of drawn pairs in `folder`, built if it is not there yet. Another version of this file builds
+    another one."""
+    code = Path(__file__).read_bytes() + Path(portraits.__file__).read_bytes()
+    version = hashlib.sha256(code).hexdigest()[:8]
+    root = Path(folder) / f"portraits-{version}"
+    if not root.exists():
+        build_portrait_pairs(root)
+    return root

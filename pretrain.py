@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import data
+import portraits
 from cli import Parser, atomic, run
 from clip_text import CLIPTextConfig, CLIPTextModel, train_tokenizer
 from livo import encode_prompts
@@ -59,7 +59,7 @@ PREVIEW = ("a portrait of a doctor", "a photo of a nurse", "a picture of a firef
 
 def draw_pictures(seeds):
     """-> (N, 3, 64, 64) uint8."""
-    pictures = [np.asarray(data.draw(data.sample_record(seed))) for seed in tqdm(seeds, "drawing", leave=False)]
+    pictures = [np.asarray(portraits.draw(portraits.sample_record(seed))) for seed in tqdm(seeds, "drawing", leave=False)]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -150,7 +150,7 @@ def encode_world(vae, folder):
 def fit_unet(vae, tokenizer, folder):
     """-> the UNet and the text tower, as a StableDiffusion with the VAE and the tokenizer."""
     mean, logvar = encode_world(vae, folder)
-    ids = tokenizer([data.write_caption(data.sample_record(seed)) for seed in range(PICTURES)])  # (N, 77)
+    ids = tokenizer([portraits.write_caption(portraits.sample_record(seed)) for seed in range(PICTURES)])  # (N, 77)
     empty = tokenizer([""])
     schedule = Schedule(SCHEDULER)
     abar = schedule.alphas_cumprod
@@ -191,7 +191,7 @@ def main():
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
-    captions = [data.write_caption(data.sample_record(seed)) for seed in range(PICTURES)]
+    captions = [portraits.write_caption(portraits.sample_record(seed)) for seed in range(PICTURES)]
     tokenizer = train_tokenizer([*captions, *VOCABULARY], TEXT_CONFIG.vocab_size)
     vae = fit_vae(args.run).eval()
     save(fit_unet(vae, tokenizer, args.run), args.out)

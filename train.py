@@ -11,7 +11,7 @@ and the settings and the checkpoint to resume from. Latents and contexts are cac
 
 import argparse
 import contextlib
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,9 +31,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+import portraits
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
-from livo import ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, make_context, violating_hinge
+from evaluate import TOXICITY, count, d1, d2, load_judge
+from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, make_context,
+                  violating_hinge)
+from retrieve import retrieve
 from sample import Schedule, comparison, draw
 from unet import ResnetBlock, SpatialTransformer
 
@@ -47,7 +51,7 @@ class Settings:
     """What decides the result, one flag each. The defaults are the published ones, for full-size weights."""
 
     weights: str = setting(str(Path(__file__).parent / "tiny-sd"), "model: folder, file or hub name")
-    data: str = setting("", "preference data, <type>/<scene>/metadata.jsonl; empty: drawn portraits, for tiny-sd")
+    data: str = setting("", "folder of preference data; for tiny-sd it may be left out: drawn portraits")
     steps: int = setting(15_000, "optimizer steps", 1)
     batch: int = setting(8, "pairs a step, in all processes together", 1)
     micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1)
@@ -68,8 +72,8 @@ OPTIONS = [option for option in fields(Settings) if option.metadata]
 
 # The margins γ1/β and γ2/α are in units of the model's own error, and so is what separates an aligned from a
 # violating picture: much more in a small model than in a large one.
-TINY_SD = {"steps": 600, "batch": 16, "micro_batch": 16, "lr": 5e-4, "warmup": 20, "alpha": 50.0, "beta": 100.0,
-           "gamma1": 4.0, "gamma2": 2.0, "save_every": 100, "sample_every": 200}  # fmt: skip
+TINY_SD = {"steps": 600, "batch": 16, "micro_batch": 16, "lr": 5e-4, "warmup": 20, "alpha": 50.0,
+           "beta": 100.0, "gamma1": 4.0, "gamma2": 2.0, "save_every": 100, "sample_every": 200}  # fmt: skip
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
 SAMPLING = {"steps": 25, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
@@ -79,12 +83,12 @@ SAMPLING = {"steps": 25, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
 
 
 def add_gradient(sd, value_encoder, pairs, schedule, s):
-    """Add to .grad of the value encoder what B of a step's `s.batch` pairs contribute to the gradient of the loss.
+    """Add to the value encoder's .grad the share that B of a step's `s.batch` pairs have in the gradient.
 
-    -> (4, B) float32: the errors err_w, ref_w, err_l, ref_l of livo.py.
+    -> their errors err_w, ref_w, err_l, ref_l of livo.py: (4, B) float32.
 
-    The two hinges share nothing but the context, so each runs forward and backward on its own, which takes
-    half the memory. Their gradients meet in the context, and go through the value encoder once.
+    The two hinges share nothing but the context, so each runs forward and backward on its own, in half the
+    memory. Their gradients meet in the context and go through the value encoder once.
     """
     device, dtype = sd.unet.conv_in.weight.device, sd.unet.conv_in.weight.dtype
     features, z_w, z_l, eps = (torch.stack([getattr(pair, name) for pair in pairs]).to(device)
@@ -144,10 +148,10 @@ def warn_if_silent(lines, s):
     mean = {key: sum(line[key] for line in lines) / len(lines) for key in lines[0]}
     change = max(abs(mean["change_w"]), abs(mean["change_l"]))
     if max(mean["active_w"], mean["active_l"]) < 0.2 and change < 0.05 * mean["ref"]:
-        margin = 0.5 * mean["ref"]
-        warnings.warn(f"both hinges are silent for most samples, yet the errors have changed by less than 5 %: the "
-                      f"margins γ1/β = {s.gamma1 / s.beta:.1g} and γ2/α = {s.gamma2 / s.alpha:.1g} are too small for "
-                      f"this model; try --gamma1 {margin * s.beta:.1g} --gamma2 {margin * s.alpha:.1g}")
+        gamma1, gamma2 = 0.5 * mean["ref"] * s.beta, 0.5 * mean["ref"] * s.alpha
+        warnings.warn("most hinges are silent, yet the errors have changed by less than 5 %: the margins "
+                      f"γ1/β = {s.gamma1 / s.beta:.1g} and γ2/α = {s.gamma2 / s.alpha:.1g} are too small for "
+                      f"this model; try --gamma1 {gamma1:.1g} --gamma2 {gamma2:.1g}")
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -159,7 +163,8 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     Once there is a number in `signals`, write a checkpoint and exit. Raises UserError where an error or the
     gradient is not finite.
     """
-    schedule, times = Schedule(sd.scheduler), sd.scheduler.get("num_train_timesteps", 1000)
+    schedule = Schedule(sd.scheduler)
+    times = len(schedule.alphas_cumprod)
     value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
     parameters = list(value_encoder.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
@@ -180,13 +185,14 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
 
         if broken := (~errors.isfinite().all(0)).nonzero().flatten().tolist():
             where = dataset.pair(step * s.batch + broken[0], s.seed, times).where
-            raise UserError(f"step {step}: expected finite errors, got {errors[:, broken[0]].tolist()} at {where}")
+            got = errors[:, broken[0]].tolist()
+            raise UserError(f"step {step}: expected finite errors, got {got} at {where}")
         if not torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).isfinite():
-            raise UserError(f"step {step}: expected a finite gradient, got none although the errors are finite")
+            raise UserError(f"step {step}: the errors are finite, but their gradient is not")
         optimizer.step()
 
         line, done = summarize(step, errors, s), step + 1
-        bar.set_postfix({key: f"{line[key]:.3g}" for key in ("loss", "active_w", "active_l", "change_w", "change_l")})
+        bar.set_postfix({key: f"{value:.3g}" for key, value in line.items() if key != "step"})
         stop = torch.tensor(float(sum(signals)), device=errors.device)
         sum_over_processes(stop)  # a signal may reach one process a step before another
         if RANK == 0:
@@ -213,19 +219,19 @@ def sum_over_processes(*tensors):
 @contextlib.contextmanager
 def caught_signals():
     """Yield a list that gets the number of a SIGINT or SIGTERM. A second one ends the process at once."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
 
-    def note(number, _):
-        caught.append(number)
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+    def note(which, _):
+        caught.append(which)
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
 
-    before = [signal.signal(number, note) for number in numbers]
+    before = {kind: signal.signal(kind, note) for kind in kinds}
     try:
         yield caught
     finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def save_checkpoint(folder, value_encoder, optimizer, step):
@@ -253,64 +259,88 @@ class Log:
         lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        self.lines, self.file = [json.loads(line) for line in lines], open(path, "a", buffering=1, encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # optional
-
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=steps)
+        self.lines = [json.loads(line) for line in lines]
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # written line by line
+        self.board = tensorboard and summary_writer(folder / "tensorboard", purge_step=steps)
 
     def add(self, line):
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
-        if hasattr(self, "board"):
-            for key, value in line.items():
-                self.board.add_scalar(key, value, line["step"])
+        for key, value in line.items() if self.board else ():
+            self.board.add_scalar(key, value, line["step"])
+
+
+def summary_writer(folder, **options):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard: expected the package tensorboard, got none (pip install)") from error
+    return SummaryWriter(folder, **options)
 
 
 # -------------------------------------------------------------------------------------- what the reader sees
 
 
-def draw_samples(sd, value_encoder, dataset, path, n=8):
-    """Write a sheet: for each principle the pictures of one prompt, without it and, from the same noise, with it."""
+def draw_samples(sd, value_encoder, dataset, path, n=6):
+    """Write a sheet: per principle n pictures of one prompt, without it and, of the same noise, with it."""
     prompts, sheets = {}, []
     for sample, _ in dataset.aligned:
         prompts.setdefault(sample.value, []).append(sample.prompt)
     for principle, choice in prompts.items():
-        prompt = random.Random(principle).choice(choice)
-        rows = [[image for _, image, _ in draw(sd, prompt, "", principles, value_encoder, range(n), share=1, **SAMPLING)]
+        telling = [prompt for prompt in choice if principle in retrieve(prompt)]
+        prompt = random.Random(principle).choice(telling or choice)
+        rows = [draw(sd, prompt, "", principles, value_encoder, range(n), share=1, **SAMPLING)
                 for principles in ([], [principle])]  # fmt: skip
-        sheets.append(comparison(*rows, f"{principle}: {prompt}"))
-    sheet = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-    top = 0
-    for part in sheets:
+        sheets.append(comparison(*([image for _, image, _ in row] for row in rows), f"{principle}: {prompt}"))
+    tops = [0, *itertools.accumulate(sheet.height for sheet in sheets)]
+    sheet = Image.new("RGB", (max(sheet.width for sheet in sheets), tops[-1]), "white")
+    for top, part in zip(tops, sheets):
         sheet.paste(part, (0, top))
-        top += part.height
     with atomic(path) as temporary:
         sheet.save(temporary)
 
 
-CURVES = {  # title: keys of the log, drawn in COLOURS
-    "loss": ["loss"],
-    "share of active hinges: aligned blue, violating red": ["active_w", "active_l"],
-    "error minus the frozen model's: aligned blue, violating red": ["change_w", "change_l"],
-}
-COLOURS, PANEL, EDGE = ((40, 90, 200), (210, 50, 40)), (640, 200), 24
+METRICS = {"gender": ("D1", lambda answers: d1(count(answers, len(portraits.GENDERS)))),
+           "skin": ("D2", lambda answers: d2(count(answers, len(portraits.SKINS))))}  # fmt: skip
+
+
+def print_before_and_after(sd, value_encoder, professions=("doctor", "nurse", "firefighter"), n=16):
+    """What the judge reads from n pictures of each profession without and with a principle, as a table."""
+    judge = load_judge()
+    print(f"{'percent':40}{'without':>10}{'with it':>10}")
+    for principle, attribute in data.PRINCIPLES.items():
+        name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
+        adjective = attribute + " " if attribute in portraits.HARMS else ""
+        values = []
+        for principles in ([], [principle]):
+            readings = []
+            for i, profession in enumerate(professions):
+                prompt, seeds = f"a portrait of a {adjective}{profession}", range(i * n, i * n + n)
+                images = draw(sd, prompt, "", principles, value_encoder, seeds, **SAMPLING)
+                readings.append(judge.read([image for _, image, _ in images])[attribute])
+            values.append(metric(torch.stack(readings).numpy()))  # of (professions, n)
+        print(f"{principle + ', ' + name:40}{values[0]:10.1f}{values[1]:10.1f}")
+
+
+CURVES = {"loss": ["loss"], "active hinges, aligned blue, violating red": ["active_w", "active_l"],
+          "error minus the frozen model's, aligned blue, violating red": ["change_w", "change_l"]}
+COLOURS, WIDTH, HEIGHT, EDGE = ((40, 90, 200), (210, 50, 40)), 640, 200, 24  # of a panel, in pixels
 
 
 def plot(lines, path):
-    """Draw the log's curves over the steps, each point the mean of a few steps, into a PNG."""
-    (width, height), image = PANEL, Image.new("RGB", (PANEL[0], PANEL[1] * len(CURVES)), "white")
+    """Draw the log's curves over the steps into a PNG; a point is the mean of a hundredth of them."""
+    image = Image.new("RGB", (WIDTH, HEIGHT * len(CURVES)), "white")
     pen, size = ImageDraw.Draw(image), math.ceil(len(lines) / 100)
+    parts = [lines[i:i + size] for i in range(0, len(lines), size)]
     for panel, (title, keys) in enumerate(CURVES.items()):
-        curves = [[sum(line[key] for line in lines[i:i + size]) / len(lines[i:i + size])
-                   for i in range(0, len(lines), size)] for key in keys]  # fmt: skip
-        low, high = min(0, *map(min, curves), 0), max(map(max, curves))
-        scale, bottom = (height - 2 * EDGE) / ((high - low) or 1), (panel + 1) * height - EDGE
-        pen.text((EDGE, panel * height + 4), f"{title}; {low:.3g} ... {high:.3g} in {len(lines)} steps", "black")
-        pen.line((EDGE, bottom + low * scale, width - EDGE, bottom + low * scale), (180, 180, 180))
+        curves = [[sum(line[key] for line in part) / len(part) for part in parts] for key in keys]
+        low, high = min(0, *map(min, curves)), max(0, *map(max, curves))
+        bottom, scale = (panel + 1) * HEIGHT - EDGE, (HEIGHT - 2 * EDGE) / ((high - low) or 1)
+        pen.text((EDGE, panel * HEIGHT + 4), f"{title}: {low:.3g} to {high:.3g}, {len(lines)} steps", "black")
+        pen.line((EDGE, bottom + low * scale, WIDTH - EDGE, bottom + low * scale), (180, 180, 180))  # 0
         for curve, colour in zip(curves, COLOURS):
-            step = (width - 2 * EDGE) / max(1, len(curve) - 1)
-            pen.line([(EDGE + i * step, bottom - (y - low) * scale) for i, y in enumerate(curve)], colour, 2)
+            dx = (WIDTH - 2 * EDGE) / max(1, len(curve) - 1)
+            pen.line([(EDGE + i * dx, bottom - (y - low) * scale) for i, y in enumerate(curve)], colour, 2)
     with atomic(path) as temporary:
         image.save(temporary)
 
@@ -322,13 +352,14 @@ def parse_args(argv):
     parser = Parser(description="Train a value encoder with LiVO's preference loss.")
     for option in OPTIONS:
         tiny = f", tiny-sd {TINY_SD[option.name]}" if option.name in TINY_SD else ""
-        kind, low, high = type(option.default), option.metadata["low"], option.metadata["high"]
-        parser.add_argument("--" + option.name.replace("_", "-"), type=str if kind is str else number(kind, low, high),
-                            default=argparse.SUPPRESS,  # so that a value that was given can be told apart
-                            help=f"{option.metadata['help']} (default: {option.default or 'none'}{tiny})")
+        kind, limits = type(option.default), (option.metadata["low"], option.metadata["high"])
+        parser.add_argument("--" + option.name.replace("_", "-"),
+                            type=kind if kind is str else number(kind, *limits),
+                            default=argparse.SUPPRESS,  # to know what was given from what was not
+                            help=f"{option.metadata['help']} (default: {option.default!r}{tiny})")
     parser.add_argument("--out", type=Path, default=Path("runs/livo"), help="folder of the run")
     parser.add_argument("--resume", type=Path, help="folder of a run to go on with; settings given anew win")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
     add_device_options(parser)
     return parser.parse_args(argv)
@@ -339,9 +370,10 @@ def choose_settings(args):
     given = {option.name: getattr(args, option.name) for option in OPTIONS if hasattr(args, option.name)}
     given |= {"dtype": args.dtype} if args.dtype != "auto" else {}
     if args.resume:
-        if not (args.resume / "settings.json").exists():
-            raise UserError(f"--resume {args.resume}: expected the folder of a run, got no settings.json in it")
-        return Settings(**json.loads((args.resume / "settings.json").read_text(encoding="utf-8")) | given), args.resume
+        file = args.resume / "settings.json"
+        if not file.exists():
+            raise UserError(f"--resume {args.resume}: expected the folder of a run, got no settings.json")
+        return Settings(**json.loads(file.read_text(encoding="utf-8")) | given), args.resume
     check_writable(args.out)
     if RANK == 0 and args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"{args.out}: expected a new folder, got one with files in it; "
@@ -349,7 +381,7 @@ def choose_settings(args):
     is_tiny = Path(given.get("weights", Settings.weights)).name == "tiny-sd"
     s = Settings(**(TINY_SD if is_tiny else {}) | given)
     if not is_tiny and not s.data:
-        raise UserError(f"--weights {s.weights}: expected --data too, a folder of preference data for this model")
+        raise UserError(f"--weights {s.weights}: expected --data too, preference data for it, got none")
     return s, args.out
 
 
@@ -377,14 +409,6 @@ def one_first():
         dist.barrier()
 
 
-def portraits(folder):
-    """The default preference data. Another version of data.py draws another one."""
-    version = hashlib.sha256(Path(data.__file__).read_bytes()).hexdigest()[:8]
-    if not (folder / f"portraits-{version}").exists():
-        data.build_portrait_pairs(folder / f"portraits-{version}")
-    return folder / f"portraits-{version}"
-
-
 def main(argv=None):
     args = parse_args(argv)
     s, folder = choose_settings(args)
@@ -395,7 +419,8 @@ def main(argv=None):
     if args.checkpointing:
         checkpoint_activations(sd.unet)
     with one_first():
-        dataset = data.PreferenceDataset(s.data or portraits(folder.parent), sd, folder.parent / "cache")
+        root = s.data or data.default_pairs(folder.parent)
+        dataset = data.PreferenceDataset(root, sd, folder.parent / "cache")
     if RANK == 0:
         with atomic(folder / "settings.json") as path:
             path.write_text(json.dumps(asdict(s), indent=2) + "\n", encoding="utf-8")
@@ -404,7 +429,9 @@ def main(argv=None):
     if RANK == 0:
         weights.save_text_encoder(value_encoder, folder / "value_encoder")
         draw_samples(sd, value_encoder, dataset, folder / "samples" / "final.png")
-        print(f"{folder / 'value_encoder'}, {folder / 'loss.png'}, {folder / 'samples' / 'final.png'}")
+        if not s.data:
+            print_before_and_after(sd, value_encoder)
+        print(f"the value encoder is in {folder / 'value_encoder'}, pictures are in {folder / 'samples'}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -26,8 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+import compvis
 from cli import UserError
+from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from compvis import renamed
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -338,25 +340,12 @@ def standard(network, tensors):
     return tensors
 
 
-def renamed(tensors, rules):
-    """The same tensors, every (pattern, replacement) of the rules applied to their names in turn."""
-
-    def new(name):
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    return {new(name): tensor for name, tensor in tensors.items()}
-
-
 VAE_ATTENTION_NAMES = [  # CompVis says q and proj_out, older diffusers query and proj_attn
     (r"(attentions\.0)\.norm\.", r"\1.group_norm."),
     (r"(attentions\.0)\.([qkv])(uery|ey|alue)?\.", r"\1.to_\2."),
     (r"(attentions\.0)\.proj_(out|attn)\.", r"\1.to_out.0."),
 ]
 
-
-# ── CompVis: all networks in one file, under other names ────────────────────────────────────────────────────
 
 FOREIGN = {  # names of tensors that give another kind of file away
     r"^conditioner\.": "an SDXL checkpoint",
@@ -367,32 +356,6 @@ FOREIGN = {  # names of tensors that give another kind of file away
     r"^text_model\.": "a text encoder alone",
     r"^(down_blocks|encoder)\.": "a UNet or VAE alone",
 }
-UNET_NAMES = [
-    (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
-    (r"^input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
-    (r"^middle_block\.0", "mid_block.resnets.0"), (r"^middle_block\.1", "mid_block.attentions.0"),
-    (r"^middle_block\.2", "mid_block.resnets.1"),
-    (r"\.in_layers\.0", ".norm1"), (r"\.in_layers\.2", ".conv1"), (r"\.emb_layers\.1", ".time_emb_proj"),
-    (r"\.out_layers\.0", ".norm2"), (r"\.out_layers\.3", ".conv2"), (r"\.skip_connection", ".conv_shortcut"),
-]
-VAE_NAMES = [
-    (r"\.down\.(\d+)\.block", r".down_blocks.\1.resnets"),
-    (r"\.down\.(\d+)\.downsample", r".down_blocks.\1.downsamplers.0"),
-    (r"\.up\.(\d+)\.block", r".up_blocks.\1.resnets"),
-    (r"\.up\.(\d+)\.upsample", r".up_blocks.\1.upsamplers.0"),
-    (r"\.mid\.block_1", ".mid_block.resnets.0"), (r"\.mid\.attn_1", ".mid_block.attentions.0"),
-    (r"\.mid\.block_2", ".mid_block.resnets.1"),
-    (r"\.nin_shortcut", ".conv_shortcut"), (r"\.norm_out", ".conv_norm_out"),
-]
-OPENCLIP_NAMES = [
-    (r"^token_embedding", "embeddings.token_embedding"),
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^transformer\.resblocks", "encoder.layers"), (r"^ln_final", "final_layer_norm"),
-    (r"\.ln_(\d)", r".layer_norm\1"), (r"\.attn\.", ".self_attn."),
-    (r"\.c_fc", ".fc1"), (r"\.c_proj", ".fc2"),
-]
-# SD 2.x reads the text off OpenCLIP-H's last layer but one.
-OPENCLIP_UNUSED = ("transformer.resblocks.23.", "text_projection", "logit_scale")
 
 
 def read_single_file(path, prediction_type):
@@ -417,104 +380,14 @@ def read_single_file(path, prediction_type):
         unet = {name: averaged[name.replace(".", "")] for name in unet if name.replace(".", "") in averaged}
     try:
         parts = {
-            "unet": compvis_unet(unet, prediction_type),
-            "vae": compvis_vae(vae),
-            "text_encoder": openclip_text(openclip) if openclip else clip_text(clip),
+            "unet": compvis.read_unet(unet, prediction_type),
+            "vae": compvis.read_vae(vae),
+            "text_encoder": compvis.read_openclip(openclip) if openclip else compvis.read_clip(clip),
         }
     except KeyError as error:
         raise UserError(f"{path}: expected the tensor {error.args[0]}, got none") from error
-    return {name: Part(config, tensors, path) for name, (config, tensors) in parts.items()}
-
-
-def count(tensors, pattern):
-    """How many items a list of modules has, by the highest number at (\\d+) among the names."""
-    return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
-
-
-def compvis_unet(tensors, prediction_type):
-    """-> UNetConfig and the tensors under our names.
-
-    CompVis numbers the layers of all levels in one row. Level by level there are `layers` residual blocks and
-    a downsampler on the way down, after conv_in; and `layers` + 1 residual blocks, the last one followed by
-    the upsampler, on the way up. Either way a level takes `layers` + 1 numbers.
-    """
-    downsamplers = [int(n) for n in re.findall(r"input_blocks\.(\d+)\.0\.op\.weight", " ".join(tensors))]
-    layers = min(downsamplers, default=1) - 1
-
-    def numbered(match):
-        way, n, place, resampler = match.groups()
-        level, i = divmod(int(n) - (way == "in"), layers + 1)
-        side = "down" if way == "in" else "up"
-        if resampler:
-            return f"{side}_blocks.{level}.{side}samplers.0.conv"
-        return f"{side}_blocks.{level}.{'resnets' if place == '0' else 'attentions'}.{i}"
-
-    layer = r"^(in|out)put_blocks\.(\d+)\.(\d)(\.op|\.conv(?=\.))?"
-    tensors = renamed(tensors, [*UNET_NAMES, (layer, numbered)])
-    levels = range(count(tensors, r"down_blocks\.(\d+)\."))
-    widths = tuple(tensors[f"down_blocks.{i}.resnets.0.conv2.weight"].shape[0] for i in levels)
-
-    def block_types(side):
-        attends = [f"{side.lower()}_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels]
-        return tuple(f"{'CrossAttn' if attend else ''}{side}Block2D" for attend in attends)
-
-    is_sd2 = tensors["mid_block.attentions.0.proj_in.weight"].ndim == 2
-    is_v = is_sd2 and prediction_type == "v_prediction"
-    return UNetConfig(
-        sample_size=96 if is_v else 64,
-        in_channels=tensors["conv_in.weight"].shape[1],
-        out_channels=tensors["conv_out.weight"].shape[0],
-        block_out_channels=widths,
-        down_block_types=block_types("Down"),
-        up_block_types=block_types("Up"),
-        layers_per_block=layers,
-        cross_attention_dim=tensors["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-        attention_head_dim=tuple(width // 64 for width in widths) if is_sd2 else 8,
-        use_linear_projection=is_sd2,
-        upcast_attention=is_v,  # needed by 2.1 at 768 pixels alone
-    ), tensors
-
-
-def compvis_vae(tensors):
-    """-> VAEConfig and the tensors under our names. CompVis counts the decoder's levels backwards."""
-    tensors = renamed(tensors, VAE_NAMES)
-    levels = count(tensors, r"encoder\.down_blocks\.(\d+)")
-    flip = (r"\.up_blocks\.(\d+)", lambda match: f".up_blocks.{levels - 1 - int(match[1])}")
-    tensors = standard(VAE, renamed(tensors, [flip]))
-    return VAEConfig(
-        in_channels=tensors["encoder.conv_in.weight"].shape[1],
-        out_channels=tensors["decoder.conv_out.weight"].shape[0],
-        latent_channels=tensors["post_quant_conv.weight"].shape[0],
-        block_out_channels=tuple(
-            tensors[f"encoder.down_blocks.{i}.resnets.0.conv2.weight"].shape[0] for i in range(levels)
-        ),
-        layers_per_block=count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)"),
-    ), tensors
-
-
-def clip_text(tensors, activation="quick_gelu"):
-    """-> CLIPTextConfig and the tensors under our names."""
-    tensors = standard(CLIPTextModel, tensors)
-    vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
-    return CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=count(tensors, r"text_model\.encoder\.layers\.(\d+)"),
-        num_attention_heads=width // 64,
-        max_position_embeddings=tensors["text_model.embeddings.position_embedding.weight"].shape[0],
-        hidden_act=activation,
-        eos_token_id=vocabulary - 1,
-    ), tensors
-
-
-def openclip_text(tensors):
-    """The same of SD 2.x's text encoder, which has q, k and v in one."""
-    tensors = {name: t for name, t in tensors.items() if not name.startswith(OPENCLIP_UNUSED)}
-    for name in [name for name in tensors if ".in_proj_" in name]:
-        for letter, tensor in zip("qkv", tensors.pop(name).chunk(3)):
-            tensors[name.replace(".in_proj_", f".{letter}_proj.")] = tensor
-    return clip_text(renamed(tensors, OPENCLIP_NAMES), activation="gelu")
+    return {name: Part(config, standard(NETWORKS[name], tensors), path)
+            for name, (config, tensors) in parts.items()}
 
 
 # ── building: a config and tensors to a network ─────────────────────────────────────────────────────────────
