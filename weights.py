@@ -104,13 +104,16 @@ def load(source, *, dtype=torch.float32, vae_dtype=torch.float32, device="cpu", 
          unet.in_channels, vae.latent_channels),
         ("output channels in the UNet", unet.out_channels, vae.latent_channels),
         ("text channels in the UNet, as in the text encoder", unet.cross_attention_dim, text.hidden_size),
-        ("as the tokenizer's end of text, as in the text encoder", words.eos_token_id, text.eos_token_id),
     ]:
         if got != expected:
             raise UserError(f"{source}: expected {expected} {what}, got {got}")
     if prediction_type not in PREDICTIONS:
         raise UserError(f"{source}: expected prediction_type {' or '.join(PREDICTIONS)}, "
                         f"got {prediction_type}")
+    if (ids := words.backend.get_vocab_size()) > text.vocab_size:
+        raise UserError(f"{source}: expected at most {text.vocab_size} tokens in the tokenizer, as in the text "
+                        f"encoder, got {ids}")
+    text.eos_token_id = words.eos_token_id  # config.json is not to be trusted with it
     networks = {name: build(NETWORKS[name], parts[name], dtypes[name], device) for name in NETWORKS}
     return StableDiffusion(**networks, tokenizer=words,
                            scheduler={**scheduler, "prediction_type": prediction_type})
