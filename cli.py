@@ -15,11 +15,16 @@ class UserError(Exception):
     """Something the user can mend. The command prints its one line and ends with exit code 2."""
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that shows defaults, and reports a bad option as every other error is reported."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(formatter_class=Formatter, **kwargs)
 
     def error(self, message):
         raise UserError(message)
@@ -52,9 +57,9 @@ def number(kind, low, high):
     return parse
 
 
-def add_device_options(parser):
+def add_device_options(parser, cuda="fp16"):
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                        help="of the UNet and the text encoder; auto: fp16 on CUDA, else fp32")  # fmt: skip
+                        help=f"of the UNet and the text encoder; auto: {cuda} on CUDA, else fp32")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
 
 

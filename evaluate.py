@@ -25,7 +25,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
+import livo
 import portraits
+import retrieve as retrieve_module
+import sample
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
 from livo import make_context, make_uncond
@@ -425,13 +428,14 @@ def main(argv=None):
     settings = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
     if args.side_by_side:
         with atomic(args.side_by_side) as path:
-            side_by_side(sd, batch_size=args.batch_size, **settings).save(path, optimize=True)
+            side_by_side(sd, batch_size=args.batch_size, **settings).save(path, "PNG", optimize=True)
         print(f"drawn and generated pictures in {args.side_by_side}")
         return
 
     judge, prompts = load_judge(), make_prompts()
+    code = digest(map(inspect.getsource, (livo, retrieve_module, sample)))
     encoders = {"frozen": None}
-    if (value_encoder := load_value_encoder(args.value_encoder, args.weights, device)) is not None:
+    if (value_encoder := load_value_encoder(args.value_encoder, args.weights, sd)) is not None:
         encoders["LiVO"] = value_encoder
     args.out.mkdir(parents=True, exist_ok=True)
     read = partial(read_pictures, judge, prompts, args.per_prompt, args.out / "readings.jsonl")
@@ -439,7 +443,7 @@ def main(argv=None):
     readings = {"drawn": read("drawn", drawn, DRAWN_SEEDS)}
     for name, encoder in encoders.items():
         pictures = partial(generated, sd, encoder, settings | {"batch_size": args.batch_size})
-        readings[name] = read(name, pictures, FIRST_SEED, f"{fingerprint(sd, encoder)} {settings} {dtype}")
+        readings[name] = read(name, pictures, FIRST_SEED, f"{fingerprint(sd, encoder)} {settings} {dtype} {code}")
 
     results = {"settings": {"weights": str(args.weights), "per_prompt": args.per_prompt, **settings},
                "instruments": check_instruments(judge, sd.vae),

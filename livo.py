@@ -8,8 +8,6 @@ The value encoder reads "v, x" and gives one token. It stands in front of the pr
 attends to the text, so nothing in the UNet changes, and without it the model is the old one to the bit.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
@@ -30,7 +28,7 @@ class ValueEncoder(CLIPTextModel):
     def from_text_encoder(cls, text_encoder):
         """A float32 copy to train: it starts as the frozen text encoder."""
         self = cls(text_encoder.config).to(next(text_encoder.parameters()).device)
-        self.load_state_dict(copy.deepcopy(text_encoder.state_dict()))
+        self.load_state_dict(text_encoder.state_dict())
         return self
 
 

@@ -5,7 +5,7 @@
 First the VAE on drawn portraits; then the UNet and the text tower together, on the VAE's latents and the
 captions. (Stable Diffusion did the same, except that its text tower came ready-made from CLIP.) The networks,
 the noise schedule and the saver are those that read the full-size weights. `runs/pretrain/` keeps the state to
-resume from and pictures on the way.
+resume from and pictures on the way: delete it after a change to the world or to this file.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 import portraits
-from cli import Parser, atomic, run
+from cli import Parser, atomic, check_writable, run
 from clip_text import CLIPTextConfig, CLIPTextModel, train_tokenizer
 from livo import encode_prompts
 from retrieve import BIAS, TOXIC
@@ -108,8 +108,8 @@ def fit(name, networks, loss_of_batch, steps, folder, look, ema_decay=0.0):
 def psnr(vae, pictures):
     """Mean peak signal-to-noise ratio of the VAE's copies of uint8 `pictures`, in dB."""
     x = to_float(pictures)
-    copy = vae.decode(vae.encode(x)[0]).clamp(-1, 1)
-    mse = ((copy - x) / 2).square().mean((1, 2, 3))  # (B,), of values within [0, 1]
+    copied = vae.decode(vae.encode(x)[0]).clamp(-1, 1)
+    mse = ((copied - x) / 2).square().mean((1, 2, 3))  # (B,), of values within [0, 1]
     return -10 * mse.log10().mean().item()
 
 
@@ -123,10 +123,10 @@ def fit_vae(folder):
     def loss_of_batch():
         x = to_float(pictures[torch.randint(len(pictures), (VAE_BATCH,))])
         mean, logvar = vae.encode(x)
-        copy = vae.decode(sample_latent(mean, logvar)).float()
+        copied = vae.decode(sample_latent(mean, logvar)).float()
         mean, logvar = mean.float() / scale, logvar.float() - 2 * math.log(scale)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(copy, x) + F.mse_loss(copy, x) + KL_WEIGHT * kl
+        return F.l1_loss(copied, x) + F.mse_loss(copied, x) + KL_WEIGHT * kl
 
     return fit("vae", vae, loss_of_batch, VAE_STEPS, folder, lambda vae, _: f"{psnr(vae, held_out):.2f} dB")
 
@@ -172,7 +172,8 @@ def fit_unet(vae, tokenizer, folder):
         return (weight[t] * (eps_pred - eps).square().mean((1, 2, 3))).mean()
 
     def checkpoint(networks):
-        return StableDiffusion(networks.unet, vae, networks.text_encoder, tokenizer, SCHEDULER)
+        return StableDiffusion(networks.unet, vae, networks.text_encoder, tokenizer,
+                               SCHEDULER | {"prediction_type": "epsilon"})
 
     def preview(averaged, step):
         sd, prompts = checkpoint(averaged), [prompt for prompt in PREVIEW for _ in PREVIEW]
@@ -187,9 +188,11 @@ def fit_unet(vae, tokenizer, folder):
 
 def main():
     parser = Parser(description="Train tiny-sd from nothing.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-sd", help="where it goes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-sd", help="where it goes; the whole folder is replaced")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")
     args = parser.parse_args()
+    for folder in (args.run, args.out):
+        check_writable(folder)
     args.run.mkdir(parents=True, exist_ok=True)
     captions = [portraits.write_caption(portraits.sample_record(seed)) for seed in range(PICTURES)]
     tokenizer = train_tokenizer([*captions, *VOCABULARY], TEXT_CONFIG.vocab_size)

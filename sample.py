@@ -4,12 +4,14 @@
 
 writes cats/0000.png … 0003.png and cats/grid.png. Each file carries its prompt, seed and other settings as
 text metadata. The picture of a seed depends neither on the batch size nor on the device that drew it (up to
-rounding): the noise comes from one CPU generator per picture.
+rounding): the noise comes from one CPU generator per picture. Principles that apply to the prompt are found by
+the retriever and followed by LiVO's value encoder, where there is one (livo.py).
 
 x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε is a latent at time t; ᾱ, in code `abar`, falls from 1, clean, to 0, noise.
 """
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -190,8 +192,8 @@ def comparison(without, with_value, principle):
     captions, (width, height) = ("without a principle", principle), without[0].size
     font = ImageFont.load_default()
     strip = 16  # pixels for a caption in the default font
-    columns = max(len(without) * width, *(math.ceil(font.getlength(caption)) + 8 for caption in captions))
-    sheet = Image.new("RGB", (columns, 2 * (height + strip)), "white")
+    sheet_width = max(len(without) * width, *(math.ceil(font.getlength(caption)) + 8 for caption in captions))
+    sheet = Image.new("RGB", (sheet_width, 2 * (height + strip)), "white")
     for row, (caption, images) in enumerate(zip(captions, (without, with_value))):
         top = row * (height + strip)
         ImageDraw.Draw(sheet).text((4, top + 2), caption, "black", font)
@@ -257,9 +259,10 @@ def draw(sd, prompt, negative, principles, value_encoder, seeds, *, share=None, 
     """Yield (row, PIL image, its principles) for each of the seeds, in batches of equal principles.
 
     share: of the pictures that get a value token; None is 0.5 for the bias principles, so that the over- and
-    the under-produced attribute balance (section 4 of the paper), and 1 for the others. settings: see `generate`.
+    the under-produced attribute balance, and 1 for the others, or for a single picture. settings: see `generate`.
     """
-    gets = {p: spread(len(seeds), (0.5 if p in BIAS else 1) if share is None else share) for p in principles}
+    half = 0.5 if len(seeds) > 1 else 1
+    gets = {p: spread(len(seeds), (half if p in BIAS else 1) if share is None else share) for p in principles}
     active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]
     for chosen in sorted(set(active), key=len):
         rows = [row for row in range(len(seeds)) if active[row] == chosen]
@@ -271,12 +274,19 @@ def draw(sd, prompt, negative, principles, value_encoder, seeds, *, share=None, 
             yield row, image, chosen
 
 
-def load_value_encoder(source, weights_source, device):
+def load_value_encoder(source, weights_source, sd):
     """The value encoder at `source`, or else the one that lies in the folder of the weights, or None."""
-    beside = Path(weights_source) / "value_encoder"
-    if source is None and not beside.is_dir():
+    source = source or Path(weights_source).expanduser() / "value_encoder"
+    if isinstance(source, Path) and not source.is_dir():
         return None
-    return weights.load_text_encoder(source or beside, network=ValueEncoder, device=device)
+    device = next(sd.unet.parameters()).device
+    value_encoder = weights.load_text_encoder(source, network=ValueEncoder, device=device)
+    for key in ("hidden_size", "vocab_size"):
+        got, expected = (getattr(network.config, key) for network in (value_encoder, sd.text_encoder))
+        if got != expected:
+            raise UserError(f"{source}: expected a value encoder for {weights_source}, with {key} {expected}, got {got}")
+    value_encoder.config.eos_token_id = sd.tokenizer.eos_token_id
+    return value_encoder
 
 
 def parse_args(argv=None):
@@ -325,18 +335,20 @@ def main(argv=None):
     f, (h, w) = sd.vae.config.factor, latent_size(sd, args.height, args.width)
 
     principles = choose_principles(args.principle or ["auto"], args.prompt)
-    value_encoder = load_value_encoder(args.value_encoder, args.weights, device) if principles else None
+    value_encoder = load_value_encoder(args.value_encoder, args.weights, sd) if principles else None
     if principles and value_encoder is None:
         if args.principle:
             raise UserError(f"--principle {principles[0]}: expected a value encoder, got none in {args.weights}; "
                             "pass --value-encoder")
+        warnings.warn(f"no value encoder in {args.weights}: drawn without {', '.join(principles)}")
         principles = []
     print("principle:", ", ".join(principles) or "none")
 
     settings = {"height": h * f, "width": w * f, "steps": args.steps, "guidance": args.guidance,
                 "sampler": args.sampler, "eta": args.eta}
     texts = {"prompt": args.prompt, "negative": args.negative, **settings, "dtype": dtype,
-             "weights": args.weights, "prediction": sd.scheduler["prediction_type"]}
+             "weights": args.weights, "value_encoder": args.value_encoder or "beside the weights",
+             "value_share": args.value_share, "unpadded": args.unpadded, "prediction": sd.scheduler["prediction_type"]}
     seeds = range(args.seed, args.seed + args.n)
     runs = [principles, []] if args.compare else [principles]
     images = [[None] * args.n for _ in runs]

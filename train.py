@@ -361,7 +361,7 @@ def parse_args(argv):
     parser.add_argument("--resume", type=Path, help="folder of a run to go on with; settings given anew win")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
-    add_device_options(parser)
+    add_device_options(parser, cuda="bf16")
     return parser.parse_args(argv)
 
 
@@ -373,9 +373,12 @@ def choose_settings(args):
         file = args.resume / "settings.json"
         if not file.exists():
             raise UserError(f"--resume {args.resume}: expected the folder of a run, got no settings.json")
-        return Settings(**json.loads(file.read_text(encoding="utf-8")) | given), args.resume
+        try:
+            return Settings(**weights.read_json(file) | given), args.resume
+        except TypeError as error:
+            raise UserError(f"{file}: expected the settings of a run, got: {error}") from error
     check_writable(args.out)
-    if RANK == 0 and args.out.exists() and any(args.out.iterdir()):
+    if RANK == 0 and args.out.is_dir() and any(not path.name.startswith(".") for path in args.out.iterdir()):
         raise UserError(f"{args.out}: expected a new folder, got one with files in it; "
                         f"go on with --resume {args.out}, or choose another --out")
     is_tiny = Path(given.get("weights", Settings.weights)).name == "tiny-sd"
@@ -389,7 +392,7 @@ def join_processes(device):
     """Under torchrun: join the other processes. -> the device to use."""
     if "RANK" not in os.environ:
         return device
-    if device == "auto" and torch.cuda.is_available():
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     # the others wait while one encodes the data

@@ -32,8 +32,9 @@ class UNetConfig:
     up_block_types: tuple = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2
     cross_attention_dim: int = 768  # width of the text tower: 1024 in SD 2.x
-    attention_head_dim: int | tuple = 8  # the NUMBER of heads, per level: (5, 10, 20, 20) in SD 2.x. The
-    # misnomer is the published files' (huggingface/diffusers issue 2011)
+    # The NUMBER of heads, per level: (5, 10, 20, 20) in SD 2.x. The misnomer is the published files'
+    # (huggingface/diffusers issue 2011).
+    attention_head_dim: int | tuple = 8
     use_linear_projection: bool = False  # True in SD 2.x
     upcast_attention: bool = False  # True in SD 2.1
     norm_num_groups: int = 32

@@ -8,6 +8,7 @@ the latents that `encode` returns and `decode` takes have about unit variance. K
 the published weights overflow and the pictures come out black.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -158,8 +159,8 @@ class VAE(nn.Module):
 
         The mean is the mode; `sample_latent` draws."""
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
-        scale = torch.tensor(self.config.scaling_factor, device=mean.device)
-        return mean * scale.to(mean.dtype), logvar.clamp(-30, 20) + (2 * scale.log()).to(mean.dtype)
+        scale = self.config.scaling_factor
+        return mean * scale, logvar.clamp(-30, 20) + 2 * math.log(scale)
 
     def decode(self, latent):
         """latent (B, 4, h, w) -> image (B, 3, 8h, 8w), about [-1, 1]. The input is left as it was."""

@@ -183,6 +183,8 @@ def locate(source, wanted, markers):
     except UserError:
         raise
     except Exception as error:  # the classes of connection errors change with huggingface_hub's HTTP library
+        if type(error).__name__ == "HFValidationError":
+            raise UserError(f"{source}: expected a file, a folder or a hub name, got none: {error}") from error
         for marker in markers:
             if isinstance(cached := try_to_load_from_cache(repository, prefix + marker), str):
                 warnings.warn(f"{source}: using the cached copy, the hub gave {type(error).__name__}")
@@ -247,7 +249,7 @@ def vocabulary_beside(file):
         if (folder / "vocab.json").exists() or (folder / "tokenizer.json").exists():
             return folder
     raise UserError(f"{file}: expected CLIP's vocab.json and merges.txt in a tokenizer/ beside it, got none; "
-                    f"pass a folder that has them, such as the tokenizer/ of any Stable Diffusion repository")
+                    f"pass --tokenizer with a folder that has them, such as that of any Stable Diffusion repository")
 
 
 # ── reading: files to a config and tensors ──────────────────────────────────────────────────────────────────
@@ -470,7 +472,12 @@ def atomic_folder(folder, marker):
         yield temporary
         if folder.exists():
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}") from error
     finally:
