@@ -11,7 +11,6 @@ x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε is a latent at time t; ᾱ, in code `abar`
 """
 
 import math
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -340,7 +339,7 @@ def main(argv=None):
         if args.principle:
             raise UserError(f"--principle {principles[0]}: expected a value encoder, got none in {args.weights}; "
                             "pass --value-encoder")
-        warnings.warn(f"no value encoder in {args.weights}: drawn without {', '.join(principles)}")
+        print(f"{', '.join(principles)} would apply, but the weights have no value encoder")
         principles = []
     print("principle:", ", ".join(principles) or "none")
 

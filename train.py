@@ -51,6 +51,8 @@ class Settings:
     """What decides the result, one flag each. The defaults are the published ones, for full-size weights."""
 
     weights: str = setting(str(Path(__file__).parent / "tiny-sd"), "model: folder, file or hub name")
+    tokenizer: str = setting("", "folder of the tokenizer, for weights that come without one")
+    prediction: str = setting("", "epsilon or v_prediction, where the weights do not say or are wrong")
     data: str = setting("", "folder of preference data; for tiny-sd it may be left out: drawn portraits")
     steps: int = setting(15_000, "optimizer steps", 1)
     batch: int = setting(8, "pairs a step, in all processes together", 1)
@@ -202,6 +204,8 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
             if done % s.save_every == 0 or done == s.steps or stop:
                 save_checkpoint(folder, value_encoder, optimizer, done)
                 plot(log.lines, folder / "loss.png")
+                if log.board:
+                    log.board.flush()
             if done % s.sample_every == 0 and done < s.steps and not stop:
                 draw_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
         if stop:
@@ -418,7 +422,8 @@ def main(argv=None):
     device, dtype = pick_device(join_processes(args.device), s.dtype)
     if device.type == "cuda" and s.dtype == "auto":
         dtype = torch.bfloat16  # the smallest gradients vanish in float16
-    sd = weights.load(s.weights, dtype=dtype, device=device)
+    sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
+                      prediction_type=s.prediction or None)
     if args.checkpointing:
         checkpoint_activations(sd.unet)
     with one_first():
