@@ -336,8 +336,8 @@ def main(argv=None):
     principles = choose_principles(args.principle or ["auto"], args.prompt)
     value_encoder = load_value_encoder(args.value_encoder, args.weights, sd) if principles else None
     if principles and value_encoder is None:
-        if args.principle:
-            raise UserError(f"--principle {principles[0]}: expected a value encoder, got none in {args.weights}; "
+        if wanted := set(args.principle or ()) - {"auto", "none"}:
+            raise UserError(f"--principle {min(wanted)}: expected a value encoder, got none in {args.weights}; "
                             "pass --value-encoder")
         print(f"{', '.join(principles)} would apply, but the weights have no value encoder")
         principles = []
@@ -346,8 +346,10 @@ def main(argv=None):
     settings = {"height": h * f, "width": w * f, "steps": args.steps, "guidance": args.guidance,
                 "sampler": args.sampler, "eta": args.eta}
     texts = {"prompt": args.prompt, "negative": args.negative, **settings, "dtype": dtype,
-             "weights": args.weights, "value_encoder": args.value_encoder or "beside the weights",
-             "value_share": args.value_share, "unpadded": args.unpadded, "prediction": sd.scheduler["prediction_type"]}
+             "weights": args.weights, "prediction": sd.scheduler["prediction_type"]}
+    if value_encoder is not None:
+        texts |= {"value_encoder": args.value_encoder or "beside the weights", "value_share": args.value_share,
+                  "unpadded": args.unpadded}
     seeds = range(args.seed, args.seed + args.n)
     runs = [principles, []] if args.compare else [principles]
     images = [[None] * args.n for _ in runs]
