@@ -14,8 +14,9 @@ from einops import rearrange
 def project(x, *layers):
     """Apply several linear layers to one input as a single matrix product: (B, N, C) -> one (B, N, C_i) per layer.
 
-    The layers agree on whether they have a bias. The weights are joined on the fly: next to the product
-    with every token that costs nothing, and the layers stay ordinary ones that can be trained and saved.
+    The layers agree on whether they have a bias. The weights are joined on the fly, so that
+    the layers stay ordinary ones, to train and to save. On two CPU cores that is no slower than three products
+    for 4096 tokens of width 320, and 7 % slower for 256 of width 1280.
     """
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None

@@ -74,8 +74,8 @@ OPTIONS = [option for option in fields(Settings) if option.metadata]
 
 # The margins γ1/β and γ2/α are in units of the model's own error, and so is what separates an aligned from a
 # violating picture: much more in a small model than in a large one.
-TINY_SD = {"steps": 600, "batch": 16, "micro_batch": 16, "lr": 5e-4, "warmup": 20, "alpha": 50.0,
-           "beta": 100.0, "gamma1": 4.0, "gamma2": 2.0, "save_every": 100, "sample_every": 200}  # fmt: skip
+TINY_SD = {"steps": 700, "batch": 16, "micro_batch": 16, "lr": 2e-3, "warmup": 20, "alpha": 50.0,
+           "beta": 200.0, "gamma1": 8.0, "gamma2": 2.0, "save_every": 100, "sample_every": 200}  # fmt: skip
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
 SAMPLING = {"steps": 25, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
