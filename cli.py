@@ -17,7 +17,7 @@ class UserError(Exception):
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -277,7 +277,7 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([stub]):
+        with torch.serialization.safe_globals([stub]), warnings.catch_warnings(action="ignore"):
             # files from before torch 1.6 are no zip archives, and cannot be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         while "state_dict" in tensors:  # twice, in some files
