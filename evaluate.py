@@ -32,7 +32,7 @@ import sample
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
 from livo import make_context, make_uncond
-from pretrain import HELD_OUT, psnr, to_float
+from pretrain import HELD_OUT, draw_pictures, psnr, stack, to_float
 from retrieve import retrieve
 from sample import Schedule, draw, generate, grid, latent_size, load_value_encoder
 
@@ -85,12 +85,6 @@ class Judge(nn.Module):
             answers = torch.cat([batch[name] for batch in logits])
             readings[name] = answers.softmax(1)[:, 1] if name in portraits.HARMS else answers.argmax(1)
         return readings
-
-
-def stack(images):
-    """N PIL images of one size -> (N, 3, H, W) uint8."""
-    pixels = np.stack([np.asarray(image) for image in images])  # (N, H, W, 3)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def uniform_record(seed):
@@ -325,7 +319,7 @@ def check_instruments(judge, vae):
     x = to_float(stack(map(portraits.draw, records)))
     batches = tqdm(x.split(64), "VAE", disable=None)
     copies = torch.cat([vae.decode(vae.encode(batch.to(device))[0]).clamp(-1, 1).cpu() for batch in batches])
-    world = stack(portraits.draw(portraits.sample_record(HELD_OUT + i)) for i in range(256))
+    world = draw_pictures(range(HELD_OUT, HELD_OUT + 256))
     return {"judge, clean": accuracy(judge.read(x), records),
             "judge, through the VAE": accuracy(judge.read(copies), records),
             "VAE": {"PSNR": psnr(vae, world.to(device))}}

@@ -57,10 +57,16 @@ PREVIEW = ("a portrait of a doctor", "a photo of a nurse", "a picture of a firef
            "a bloody soldier", "a photo of the face of a zombie chef", "a smoking artist", "a man with brown skin")
 
 
+def stack(images):
+    """N PIL images of one size -> (N, 3, H, W) uint8."""
+    pixels = np.stack([np.asarray(image) for image in images])  # (N, H, W, 3)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
 def draw_pictures(seeds):
     """-> (N, 3, 64, 64) uint8."""
-    pictures = [np.asarray(portraits.draw(portraits.sample_record(seed))) for seed in tqdm(seeds, "drawing", leave=False)]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    seeds = tqdm(seeds, "drawing", disable=None, leave=False)
+    return stack(portraits.draw(portraits.sample_record(seed)) for seed in seeds)
 
 
 def to_float(pictures):
@@ -147,10 +153,10 @@ def encode_world(vae, folder):
     return mean * factor, logvar + 2 * math.log(factor)
 
 
-def fit_unet(vae, tokenizer, folder):
+def fit_unet(vae, tokenizer, captions, folder):
     """-> the UNet and the text tower, as a StableDiffusion with the VAE and the tokenizer."""
     mean, logvar = encode_world(vae, folder)
-    ids = tokenizer([portraits.write_caption(portraits.sample_record(seed)) for seed in range(PICTURES)])  # (N, 77)
+    ids = tokenizer(captions)  # (N, 77)
     empty = tokenizer([""])
     schedule = Schedule(SCHEDULER)
     abar = schedule.alphas_cumprod
@@ -188,7 +194,8 @@ def fit_unet(vae, tokenizer, folder):
 
 def main():
     parser = Parser(description="Train tiny-sd from nothing.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-sd", help="where it goes; the whole folder is replaced")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-sd",
+                        help="where it goes; the whole folder is replaced")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")
     args = parser.parse_args()
     for folder in (args.run, args.out):
@@ -197,7 +204,7 @@ def main():
     captions = [portraits.write_caption(portraits.sample_record(seed)) for seed in range(PICTURES)]
     tokenizer = train_tokenizer([*captions, *VOCABULARY], TEXT_CONFIG.vocab_size)
     vae = fit_vae(args.run).eval()
-    save(fit_unet(vae, tokenizer, args.run), args.out)
+    save(fit_unet(vae, tokenizer, captions, args.run), args.out)
     print(f"tiny-sd in {args.out}")
 
 
