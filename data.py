@@ -181,9 +181,8 @@ class PreferenceDataset:
         generator = torch.Generator().manual_seed(rng.getrandbits(32))  # torch uses no more bits of a seed
         aligned, row_w = self.aligned[epoch_order(seed, epoch, len(self))[i]]
         violating, row_l = rng.choice(self.violating[aligned.scene])
-        # mirrored independently; the latents are sampled, not their means taken
-        z_w, z_l = (sample_latent(*self.latents[row, rng.randrange(2)].float(), generator)
-                    for row in (row_w, row_l))
+        mirrored = rng.randrange(2)  # both or neither: what a pair has in common, it keeps
+        z_w, z_l = (sample_latent(*self.latents[row, mirrored].float(), generator) for row in (row_w, row_l))
         return Pair(aligned.prompt, aligned.value, self.features[self.prompt_rows[aligned.prompt]], z_w, z_l,
                     eps=torch.randn(z_w.shape, generator=generator), t=rng.randrange(times),
                     where=f"{aligned.where} and {violating.where}")
