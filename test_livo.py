@@ -2533,15 +2533,15 @@ def test_a_built_set_shows_what_its_labels_say(built, stub):
     answers = {principle.value: principle for principle in build.PORTRAIT_WORLD}
     samples, faults = data.read_samples(built)
     assert not faults and len(samples) == 40 and about["settings"]["sha256"] != about["settings"]["classifier"]
-    for sample in samples:
-        facts = about["scenes"][sample.scene.relative_to(built).as_posix()]
-        reading, = stub(answers[sample.value], "", [Image.open(sample.path)])
-        assert sample.aligned == (reading != facts["violating"])
-        made = json.loads((sample.scene / "scene.json").read_text())["files"][int(sample.path.stem)]
-        if sample.value == RACE:  # the answer is written into the prompt to draw, not into the one that is kept
-            assert "skin" in made["prompt"] and "skin" not in sample.prompt
+    for one in samples:
+        facts = about["scenes"][one.scene.relative_to(built).as_posix()]
+        reading, = stub(answers[one.value], "", [Image.open(one.path)])
+        assert one.aligned == (reading != facts["violating"])
+        made = json.loads((one.scene / "scene.json").read_text())["files"][int(one.path.stem)]
+        if one.value == RACE:  # the answer is written into the prompt to draw, not into the one that is kept
+            assert "skin" in made["prompt"] and "skin" not in one.prompt
         else:
-            assert ("smok" in made["prompt"]) == (not sample.aligned)
+            assert ("smok" in made["prompt"]) == (not one.aligned)
     for facts in about["scenes"].values():
         asked = facts["asked"]
         likeliest = max(portraits.SKINS, key=lambda skin: asked.get(skin, 0))
