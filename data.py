@@ -4,6 +4,10 @@
     pair = dataset.pair(position, seed, times)        # latents of y_w and y_l, noise and time: one training row
     build_portrait_pairs(folder)                      # the default set, drawn in seconds, in the same layout
 
+    python data.py build --out pairs    # a set of the model's own pictures: build.py
+    python data.py check pairs          # counts and faults, of anybody's set
+    python data.py show pairs           # a sheet of its pictures
+
 ROOT/<type>/<scene>/metadata.jsonl, as in the authors' release: for every image beside it a line
 {"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating.
 """
@@ -20,18 +24,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import portraits
-from cli import UserError
+from cli import Parser, UserError, atomic, run
 from livo import encode_prompts
 from portraits import HARMS, MAN_SHARE, PROFESSIONS, SKIN_SHARE, Record, draw, write_caption
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE
+from sample import captioned
 from vae import sample_latent
-from weights import atomic_folder, write_json
+from weights import atomic_folder, read_json, write_json
 
 MAX_LOST = 0.01  # share of samples that may be unusable
+JPEG_QUALITY = 95
+SHEET_SCENES, SHEET_COLUMNS, SHEET_SIDE = 3, 8, 96  # of a contact sheet: scenes per principle, pictures, pixels
 
 
 @dataclass(frozen=True)
@@ -64,25 +71,35 @@ def read_sample(line, scene, root, where):
     return Sample(path, entry["prompt"], entry["value"], entry["label"] == 1, scene, where)
 
 
+def read_lines(root):
+    """Yield (line, scene folder, "file:number") of all metadata of a dataset folder. Raises UserError for none."""
+    empty = True
+    for file in sorted(root.glob("*/*/metadata.jsonl")):
+        if file.parent.name.startswith("."):  # a scene that is being built
+            continue
+        try:
+            lines = file.read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"{file}: expected a file to read, got {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                empty = False
+                yield line, file.parent, f"{file}:{number}"
+    if empty:
+        raise UserError(f"{root}: expected a dataset, <type>/<scene>/metadata.jsonl, got none")
+
+
 def read_samples(root):
     """-> the usable samples of a dataset folder, and what is wrong with the others: [Sample], [str].
 
     Raises UserError where there are none, or where more than MAX_LOST are unusable.
     """
     root, samples, faults = Path(root), [], []
-    for file in sorted(root.glob("*/*/metadata.jsonl")):
+    for line, scene, where in read_lines(root):
         try:
-            lines = file.read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(f"{file}: expected a file to read, got {error.strerror}") from error
-        for number, line in enumerate(lines, 1):
-            where = f"{file}:{number}"
-            try:
-                samples += [read_sample(line, file.parent, root, where)] if line.strip() else []
-            except (ValueError, OSError) as error:
-                faults.append(f"{where}: {error}")
-    if not samples and not faults:
-        raise UserError(f"{root}: expected a dataset, <type>/<scene>/metadata.jsonl, got none")
+            samples.append(read_sample(line, scene, root, where))
+        except (ValueError, OSError) as error:
+            faults.append(f"{where}: {error}")
     check_lost(faults, len(samples) + len(faults), root)
     return samples, faults
 
@@ -93,13 +110,14 @@ def check_lost(faults, total, root):
                         f"got {len(faults)} of {total}: {'; '.join(faults[:5])}")
 
 
-def write_scene(folder, samples):
-    """Write one scene: (PIL image, prompt, value, label) of every sample -> PNG files and metadata.jsonl."""
-    folder.mkdir(parents=True)
+def write_scene(folder, samples, suffix="png"):
+    """Write one scene: (PIL image, prompt, value, label) of every sample -> images and metadata.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
         for i, (image, prompt, value, label) in enumerate(samples):
-            image.save(folder / f"{i:04}.png")
-            entry = {"file_name": f"{i:04}.png", "prompt": prompt, "value": value, "label": label}
+            name = f"{i:04}.{suffix}"
+            image.save(folder / name, quality=JPEG_QUALITY)  # PNG has none, and ignores it
+            entry = {"file_name": name, "prompt": prompt, "value": value, "label": label}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
@@ -245,6 +263,91 @@ def map_file(path, shape, dtype):
     return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
 
 
+# ---------------------------------------------------------------------------------------- to check and to show
+
+
+def check(root):
+    """Read a whole dataset folder, pixels too -> {principle: what there is of it}, [fault].
+
+    Finds what training would skip or stumble over, and also what it would take without a word: a label other
+    than 0 and 1, a path with "..", a picture that a principle has twice, a set that is not finished. Raises
+    UserError where there is no dataset.
+    """
+    root, principles, faults, seen = Path(root), {}, [], {}
+    labels = {}  # of the lines of each scene that can be used
+    for line, scene, where in tqdm(read_lines(root), "checking", disable=None, leave=False, unit=" lines"):
+        try:
+            sample = read_sample(line, scene, root, where)
+        except (ValueError, OSError) as error:
+            faults.append(f"{where}: {error}")
+            continue
+        entry = json.loads(line)
+        if entry["label"] not in (0, 1):
+            faults.append(f"{where}: expected 0 or 1 as label, got {entry['label']}: training reads it as violating")
+        if ".." in Path(entry["file_name"]).parts:
+            faults.append(f"{where}: expected a file of the scene, got {entry['file_name']}")
+        try:
+            with Image.open(sample.path) as image:
+                pixels = hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).digest()
+        except Exception as error:  # a damaged file can raise anything in Pillow
+            faults.append(f"{where}: {sample.path.name} is no readable image: {error}")
+            continue
+        if (first := seen.setdefault((sample.value, pixels), where)) != where:
+            faults.append(f"{where}: {sample.path.name} is the same picture as that of {first}")
+        labels.setdefault(scene, set()).add(sample.aligned)
+        nothing = {"aligned": 0, "violating": 0, "scenes": set(), "prompts": set()}
+        counts = principles.setdefault(sample.value, nothing)
+        counts["aligned" if sample.aligned else "violating"] += 1
+        counts["scenes"].add(scene)
+        counts["prompts"].add(sample.prompt)
+    for scene, found in labels.items():
+        if len(found) < 2:
+            faults.append(f"{scene}: expected aligned and violating images, got only "
+                          f"{'aligned' if True in found else 'violating'} ones")
+    about = root / "dataset.json"  # of a built set: what became of every scene, None until it is all there
+    scenes = read_json(about).get("scenes", {}) if about.exists() else {}
+    if unfinished := [scene for scene, facts in scenes.items() if facts is None]:
+        faults.append(f"{about}: the set of {len(unfinished)} scenes is not finished: build it again to go on")
+    faults += [f"{root / scene}: expected {facts['pairs']} pairs, got no metadata.jsonl" for scene, facts in scenes.items()
+               if facts and facts["pairs"] and not (root / scene / "metadata.jsonl").exists()]  # fmt: skip
+    return principles, faults
+
+
+def report(principles):
+    """Print the counts of `check`."""
+    print(f"{'principle':40}{'aligned':>9}{'violating':>11}{'scenes':>8}{'prompts':>9}{'share':>8}")
+    total = sum(counts["aligned"] for counts in principles.values())
+    for value, counts in principles.items():
+        sizes = counts["aligned"], counts["violating"], len(counts["scenes"]), len(counts["prompts"])
+        share = counts["aligned"] / max(1, total)
+        print(f"{value:40}{sizes[0]:9}{sizes[1]:11}{sizes[2]:8}{sizes[3]:9}{share:8.0%}")
+
+
+def contact_sheet(samples):
+    """-> PIL image: of some scenes of every principle, a row of aligned pictures over one of violating ones."""
+    scenes = {}  # by principle: {scene: its samples}
+    for sample in samples:
+        scenes.setdefault(sample.value, {}).setdefault(sample.scene, []).append(sample)
+    rows = []
+    for value, of_value in scenes.items():
+        step = math.ceil(len(of_value) / SHEET_SCENES)
+        for scene in [*of_value][::step]:
+            for aligned, name in (True, "aligned"), (False, "violating"):
+                chosen = [sample for sample in of_value[scene] if sample.aligned == aligned][:SHEET_COLUMNS]
+                thumbnails = [crop_image(sample.path, SHEET_SIDE) for sample in chosen]
+                rows += [(f"{value}, {scene.name}: {name}", thumbnails)] if thumbnails else []
+    return captioned(rows)
+
+
+def crop_image(path, size):
+    """The middle of a picture file as a PIL image of size × size pixels."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.fit(image.convert("RGB"), (size, size))
+    except Exception as error:  # a damaged file can raise anything in Pillow
+        raise UserError(f"{path}: expected a readable image, got {error}") from error
+
+
 # ------------------------------------------------------------------------------------- of the portrait world
 
 # What each principle is about. A harm is asked for by the prompts, shown by the violating images and left out
@@ -310,3 +413,37 @@ def default_pairs(folder):
     if not root.exists():
         build_portrait_pairs(root)
     return root
+
+
+# --------------------------------------------------------------------------------------------- the command
+
+
+def main(argv=None):
+    import build  # which uses this file
+
+    parser = Parser(description="Build, check and look at preference data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    build.add_options(commands.add_parser("build", help="pairs of a model's own pictures, without human labels",
+                                          description=build.__doc__.splitlines()[0]))
+    for name, text in ("check", "count, and find what is broken"), ("show", "write a contact sheet"):
+        commands.add_parser(name, help=text).add_argument("root", type=Path, metavar="DIR", help="dataset folder")
+    commands.choices["show"].add_argument("--out", type=Path, default=Path("out/dataset.png"), help="PNG to write")
+    args = parser.parse_args(argv)
+    if args.command == "build":
+        build.main(args)
+    elif args.command == "check":
+        principles, faults = check(args.root)
+        report(principles)
+        for fault in faults:
+            print(fault)
+        if faults:
+            raise UserError(f"{args.root}: expected a sound dataset, got {len(faults)} faults, listed above")
+    else:
+        samples, _ = read_samples(args.root)
+        with atomic(args.out) as path:
+            contact_sheet(samples).save(path, "PNG")
+        print(f"a contact sheet is in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -186,19 +186,23 @@ def grid(images):
     return sheet
 
 
-def comparison(without, with_value, principle):
-    """Two captioned rows of pictures of the same noise: without the value token, and with it."""
-    captions, (width, height) = ("without a principle", principle), without[0].size
-    font = ImageFont.load_default()
+def captioned(rows):
+    """(caption, PIL images) of every row -> a sheet, each caption above its row. The images have one size."""
+    font, (width, height) = ImageFont.load_default(), rows[0][1][0].size
     strip = 16  # pixels for a caption in the default font
-    sheet_width = max(len(without) * width, *(math.ceil(font.getlength(caption)) + 8 for caption in captions))
-    sheet = Image.new("RGB", (sheet_width, 2 * (height + strip)), "white")
-    for row, (caption, images) in enumerate(zip(captions, (without, with_value))):
+    widths = [max(len(images) * width, math.ceil(font.getlength(caption)) + 8) for caption, images in rows]
+    sheet = Image.new("RGB", (max(widths), len(rows) * (height + strip)), "white")
+    for row, (caption, images) in enumerate(rows):
         top = row * (height + strip)
         ImageDraw.Draw(sheet).text((4, top + 2), caption, "black", font)
         for column, image in enumerate(images):
             sheet.paste(image, (column * width, top + strip))
     return sheet
+
+
+def comparison(without, with_value, principle):
+    """Two captioned rows of pictures of the same noise: without the value token, and with it."""
+    return captioned([("without a principle", without), (principle, with_value)])
 
 
 def latent_size(sd, height=None, width=None):
