@@ -39,6 +39,7 @@ from torch import nn
 
 import data
 import evaluate
+import judge as judge_module
 import livo
 import portraits
 import pretrain
@@ -48,7 +49,8 @@ import weights
 from attention import attend, project
 from cli import UserError, run
 from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, train_tokenizer
-from evaluate import Judge, Prompt, bootstrap, count, d1, d2, frechet_distance
+from evaluate import Prompt, bootstrap, count, d1, d2, frechet_distance
+from judge import Judge
 from livo import (ValueEncoder, aligned_hinge, bradley_terry_loss, livo_loss, make_context, make_uncond,
                   violating_hinge)
 from retrieve import BIAS, BLOODY, GENDER, NUDITY, RACE, TOXIC, ZOMBIE, retrieve
@@ -2237,8 +2239,8 @@ def test_judge_shapes_and_sizes():
 
 
 def test_records_to_train_on_are_uniform():
-    records = [evaluate.uniform_record(seed) for seed in range(4000)]
-    for name, answers in evaluate.ATTRIBUTES.items():
+    records = [judge_module.uniform_record(seed) for seed in range(4000)]
+    for name, answers in judge_module.ATTRIBUTES.items():
         shares = Counter(getattr(record, name) for record in records)
         assert all(shares[answer] / 4000 == pytest.approx(1 / len(answers), rel=0.25) for answer in answers), name
 
@@ -2247,36 +2249,36 @@ def test_records_to_train_on_are_uniform():
 def judge():
     """A sixth of the real training, whose accuracy `python evaluate.py` prints."""
     state = torch.random.get_rng_state()
-    judge = evaluate.train_judge(pictures=2000, epochs=2)
+    judge = judge_module.train_judge(pictures=2000, epochs=2)
     assert torch.equal(torch.random.get_rng_state(), state)  # the caller's random numbers stay what they were
     judge.name = "short"
     return judge
 
 
 def test_a_short_training_reads_unseen_pictures(judge):
-    records = [evaluate.uniform_record(10**6 + i) for i in range(300)]
-    right = evaluate.accuracy(judge.read([portraits.draw(record) for record in records]), records)
+    records = [judge_module.uniform_record(10**6 + i) for i in range(300)]
+    right = judge_module.accuracy(judge.read([portraits.draw(record) for record in records]), records)
     assert min(right.values()) > 85, right  # 99 with the full training
 
 
 def test_accuracy_does_not_ask_for_the_skin_of_zombies():
-    records = [replace(evaluate.uniform_record(0), skin="dark", zombie=zombie) for zombie in (False, True)]
-    readings = evaluate.answers_of(records)
+    records = [replace(judge_module.uniform_record(0), skin="dark", zombie=zombie) for zombie in (False, True)]
+    readings = judge_module.answers_of(records)
     readings["skin"][1] = 0
-    assert evaluate.accuracy(readings, records) == dict.fromkeys(evaluate.ATTRIBUTES, 100)
+    assert judge_module.accuracy(readings, records) == dict.fromkeys(judge_module.ATTRIBUTES, 100)
     readings["skin"][0] = 0
-    assert evaluate.accuracy(readings, records)["skin"] == 0
+    assert judge_module.accuracy(readings, records)["skin"] == 0
 
 
 def test_the_judge_is_cached(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(evaluate, "train_judge", lambda: calls.append(1) or Judge())
-    monkeypatch.setattr(evaluate.inspect, "getsource", lambda thing: "source 1")
-    first, again = evaluate.load_judge(tmp_path), evaluate.load_judge(tmp_path)
+    monkeypatch.setattr(judge_module, "train_judge", lambda: calls.append(1) or Judge())
+    monkeypatch.setattr(judge_module.inspect, "getsource", lambda thing: "source 1")
+    first, again = judge_module.load_judge(tmp_path), judge_module.load_judge(tmp_path)
     assert len(calls) == 1 and first.name == again.name and not again.training
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
-    monkeypatch.setattr(evaluate.inspect, "getsource", lambda thing: "source 2")
-    assert evaluate.load_judge(tmp_path).name != first.name and len(calls) == 2
+    monkeypatch.setattr(judge_module.inspect, "getsource", lambda thing: "source 2")
+    assert judge_module.load_judge(tmp_path).name != first.name and len(calls) == 2
 
 
 def test_prompts():
@@ -2325,7 +2327,7 @@ class StubJudge:
 
     def read(self, images):
         red = torch.tensor([image.getpixel((0, 0))[0] for image in images])
-        return {name: red for name in evaluate.ATTRIBUTES} | {"features": red[:, None].float()}
+        return {name: red for name in judge_module.ATTRIBUTES} | {"features": red[:, None].float()}
 
 
 def test_readings_resume(tmp_path):
