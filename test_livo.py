@@ -2566,7 +2566,8 @@ def test_clip_has_the_published_tensors():
     vision = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, patch_size=14)
     config = dict(text_config=text, vision_config=vision, projection_dim=768)
     with torch.device("meta"):
-        ours, theirs = CLIPModel(CLIPConfig.from_dict(config)), transformers.CLIPModel(transformers.CLIPConfig(**config))
+        ours = CLIPModel(CLIPConfig.from_dict(config))
+        theirs = transformers.CLIPModel(transformers.CLIPConfig(**config))
     shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (ours, theirs)]
     assert shapes[0] == shapes[1]
     assert sum(p.numel() for p in ours.parameters()) == 427_616_513
@@ -2584,12 +2585,9 @@ def test_old_clip_folders(clip_folder):
     edit_json(clip_folder / "preprocessor_config.json", size=28, crop_size=28)
     config = json.loads((clip_folder / "config.json").read_text())
     for part in ("text_config", "vision_config"):
-        for key in ("hidden_act", "layer_norm_eps", "model_type", "max_position_embeddings"):
+        for key in ("hidden_act", "layer_norm_eps", "model_type", "max_position_embeddings", "eos_token_id"):
             config[part].pop(key, None)
-    edit_json(clip_folder / "config.json", **config | {
-        "text_config": {key: x for key, x in config["text_config"].items() if key not in ("hidden_act", "eos_token_id")}})
-    config = json.loads((clip_folder / "config.json").read_text())
-    assert "hidden_act" not in config["vision_config"] and "eos_token_id" not in config["text_config"]
+    edit_json(clip_folder / "config.json", **config)
     assert torch.equal(load_clip(clip_folder).image_features(photos()), features)
     assert torch.equal(load_clip(clip_folder).text_features(TEXTS), texts)
     half = load_clip(clip_folder, dtype=torch.bfloat16).image_features(photos())
@@ -2614,7 +2612,7 @@ def edit_tensors(folder, change):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f / "config.json").unlink(), "config.json: expected a JSON file, got No such file"),
-    (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json: expected a JSON file, got No such"),
+    (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json: expected a JSON file, got No"),
     (lambda f: (f / "model.safetensors").unlink(), "expected weights"),
     (lambda f: (f / "vocab.json").unlink(), "expected CLIP's vocab.json and merges.txt"),
     (lambda f: edit_json(f / "config.json", model_type="siglip"), "model_type clip with .* got model_type siglip"),
@@ -2623,10 +2621,10 @@ def edit_tensors(folder, change):
     (lambda f: edit_text(f, hidden_act="relu"), "text encoder: expected hidden_act quick_gelu or gelu, got relu"),
     (lambda f: edit_text(f, max_position_embeddings=20), "expected max_position_embeddings 77, got 20"),
     (lambda f: edit_text(f, vocab_size=500), "expected at most 500 tokens in the tokenizer"),
-    (lambda f: edit_json(f / "preprocessor_config.json", resample=2), "preprocessor_config.json: expected resample 3, got 2"),
+    (lambda f: edit_json(f / "preprocessor_config.json", resample=2), "r_config.json: expected resample 3, got 2"),
     (lambda f: edit_json(f / "preprocessor_config.json", size={"shortest_edge": 32}), "expected size .* got .*32"),
     (lambda f: edit_json(f / "preprocessor_config.json", image_mean=[0.5]), "image_mean of three numbers, got .0.5"),
-    (lambda f: edit_vision(f, hidden_size=48), "of another shape: vision_model.embeddings.class_embedding .36,. for .48,."),
+    (lambda f: edit_vision(f, hidden_size=48), "another shape: vision_model.embeddings.class_embedding .36,. for .48,."),
     (lambda f: edit_vision(f, hidden_size=37), "expected a CLIPModel's config|of another shape"),
     (lambda f: edit_tensors(f, lambda t: t.pop("logit_scale")), "1 missing: logit_scale"),
     (lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))), "1 unexpected: extra"),
@@ -2688,7 +2686,10 @@ def test_the_name_of_a_file_says_what_is_measured():
     readings = {"CLIP score": np.full((2, 10), 25.0), "gender": np.tile([0, 1], (2, 5)), "race": np.zeros((2, 10), int),
                 "nudity": np.zeros((2, 10)), "zombie": np.zeros((2, 10)), "bloody": np.full((2, 10), 0.3)}
     readings["bloody"][0, :2] = 0.9  # in one of the four groups of five
-    values = lambda name: {metric: result["value"] for metric, result in evaluate.measure_by_texts(name, readings).items()}
+
+    def values(name):
+        return {metric: result["value"] for metric, result in evaluate.measure_by_texts(name, readings).items()}
+
     assert values("career") == pytest.approx({
         "career: CLIP score": 25, "career: gender D1": 0, "career: gender D2": 0,
         "career: race D1": 100, "career: race D2": 100 * 0.8**0.5}, abs=1e-3)
@@ -2736,8 +2737,9 @@ def test_the_command_with_clip(tiny, clip_folder, tmp_path, capsys, monkeypatch)
     value_encoder = ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder)
     nn.init.normal_(value_encoder.text_model.final_layer_norm.weight, std=100)  # or nobody would see its token
     weights.save_text_encoder(value_encoder, tmp_path / "livo")
-    options = ["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu", "--clip", str(clip_folder),
-               "--prompts", str(tmp_path / "career.jsonl"), str(tmp_path / "bloody.jsonl"), "--out", str(tmp_path / "out")]
+    options = ["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu",
+               "--clip", str(clip_folder), "--out", str(tmp_path / "out"),
+               "--prompts", str(tmp_path / "career.jsonl"), str(tmp_path / "bloody.jsonl")]
     calls = []
 
     def recorded(sd, prompt, negative, principles, value_encoder, seeds, **settings):
@@ -2750,7 +2752,8 @@ def test_the_command_with_clip(tiny, clip_folder, tmp_path, capsys, monkeypatch)
     frozen = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "bloody: bloody Prob" in capsys.readouterr().out
     assert list(frozen["sources"]) == ["frozen"] and frozen["settings"]["prompts"] == {"career": 2, "bloody": 1}
-    assert calls == [(prompt, (), False) for prompt in ("a portrait of a doctor", "a photo of a nurse", "a bloody chef")]
+    prompts = "a portrait of a doctor", "a photo of a nurse", "a bloody chef"
+    assert calls == [(prompt, (), False) for prompt in prompts]
 
     # LiVO is one more column. The frozen model's pictures are not drawn again, for other principles neither.
     calls.clear()
