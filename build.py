@@ -35,7 +35,7 @@ import data
 import portraits
 import weights
 from cli import UserError, add_device_options, atomic, check_writable, number, pick_device
-from evaluate import ATTRIBUTES, decide, load_judge
+from judge import ATTRIBUTES, decide, load_judge
 from livo import make_context, make_uncond
 from portraits import PROFESSIONS, WORDINGS, with_article
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE

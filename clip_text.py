@@ -66,8 +66,11 @@ class CLIPTextConfig:
 
 
 class CLIPEncoderLayer(nn.Module):
-    def __init__(self, config):
+    """One layer of either tower, (B, N, C) -> (B, N, C). causal: a token sees only those up to itself (text)."""
+
+    def __init__(self, config, causal=True):
         super().__init__()
+        self.causal = causal
         width, hidden, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         self.heads = config.num_attention_heads
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -80,7 +83,7 @@ class CLIPEncoderLayer(nn.Module):
     def forward(self, x):
         attention, mlp = self.self_attn, self.mlp
         q, k, v = project(self.layer_norm1(x), attention.q_proj, attention.k_proj, attention.v_proj)
-        x = x + attention.out_proj(attend(q, k, v, self.heads, causal=True))
+        x = x + attention.out_proj(attend(q, k, v, self.heads, self.causal))
         hidden = self.activation(mlp.fc1(self.layer_norm2(x)))  # (B, N, 4C)
         return x + mlp.fc2(hidden)  # (B, N, C)
 

@@ -34,7 +34,8 @@ import data
 import portraits
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
-from evaluate import TOXICITY, count, d1, d2, load_judge
+from evaluate import TOXICITY, count, d1, d2
+from judge import load_judge
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, make_context,
                   violating_hinge)
 from retrieve import retrieve
