@@ -68,6 +68,8 @@ def pick_device(name, dtype):
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where the kernels of attention.py start
     except (RuntimeError, AssertionError, ImportError) as error:  # torch has no narrower one
         first_sentence = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"--device {name}: {first_sentence}") from error
