@@ -14,12 +14,13 @@ ROOT/<type>/<scene>/metadata.jsonl, as in the authors' release: for every image 
 
 import functools
 import hashlib
-import itertools
 import json
 import math
 import random
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain, count, cycle, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -148,34 +149,43 @@ class Pair:
 
 
 class PreferenceDataset:
-    """The pairs of a dataset folder, encoded. len() is the number of aligned images: an epoch.
+    """The pairs of a dataset folder, encoded. len() is the number of aligned images.
+
+    together: so many pairs in a row share their principle; 1 mixes them all.
 
     The first use encodes everything into a folder of `cache`, which the weights and the data name; after that
-    its files are memory-mapped. Unusable samples are warned of and skipped. Raises UserError where
-    `read_samples` does, and for a scene without aligned or without violating images.
+    its files are memory-mapped. Unusable samples, also those of a scene without aligned or without violating
+    images, are warned of and skipped. Raises UserError where `read_samples` does.
     """
 
-    def __init__(self, root, sd, cache):
+    def __init__(self, root, sd, cache, together=1):
         samples, faults = read_samples(root)
         folder = Path(cache) / fingerprint(sd, samples)
         if not folder.exists():
             with atomic_folder(folder, "broken.json") as temporary:
                 encode_samples(sd, samples, faults, root, temporary)
         broken = json.loads((folder / "broken.json").read_text(encoding="utf-8"))  # {where: fault}
-        for fault in [*faults, *broken.values()]:
-            warnings.warn(f"{fault}; skipped")
-
-        prompts, c = unique_prompts(samples), sd.text_encoder.config.hidden_size
+        prompts, c, total = unique_prompts(samples), sd.text_encoder.config.hidden_size, len(samples) + len(faults)
         samples = [sample for sample in samples if sample.where not in broken]
         self.aligned, self.violating = [], {}  # (sample, row of latents), the latter by scene
+        scenes = [{sample.scene for sample in samples if sample.aligned is label} for label in (True, False)]
         for row, sample in enumerate(samples):
-            scene = self.violating.setdefault(sample.scene, [])
-            (self.aligned if sample.aligned else scene).append((sample, row))
-        with_aligned = {sample.scene for sample, _ in self.aligned}
-        for scene, violating in self.violating.items():
-            if scene not in with_aligned or not violating:
-                missing = "violating" if scene in with_aligned else "aligned"
-                raise UserError(f"{scene}: expected aligned and violating images, got no {missing} ones")
+            if sample.scene not in scenes[0] & scenes[1]:
+                missing = "aligned" if sample.scene in scenes[1] else "violating"
+                broken[sample.where] = f"{sample.where}: its scene has no {missing} image"
+            elif sample.aligned:
+                self.aligned.append((sample, row))
+            else:
+                self.violating.setdefault(sample.scene, []).append((sample, row))
+        faults += broken.values()
+        for fault in faults:
+            warnings.warn(f"{fault}; skipped")
+        check_lost(faults, total, root)
+
+        self.together = together
+        self.aligned.sort(key=lambda item: item[0].value if together > 1 else "")
+        sizes = Counter(sample.value if together > 1 else "" for sample, _ in self.aligned)
+        self.groups = tuple(pairwise([0, *accumulate(sizes.values())]))  # (first, end) of each in `aligned`
 
         channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
         shape = (len(samples), 2, 2, channels, size, size)  # sample, plain or mirrored, mean or log-variance
@@ -188,27 +198,35 @@ class PreferenceDataset:
         return len(self.aligned)
 
     def pair(self, position, seed, times):
-        """-> the Pair at a position of the run, with t below `times`. Epoch after epoch goes over the aligned
+        """-> the Pair at a position of the run, with t from `times`. Epoch after epoch goes over the aligned
         images, each in an order of its own, and draws a violating image of the same scene.
 
         All that is random comes from (seed, position): neither the number of processes nor an interruption
         changes it, and there is no random state to save.
         """
-        epoch, i = divmod(position, len(self))
+        epoch, i = divmod(position, len(epoch_order(seed, 0, self.groups, self.together)))
         rng = random.Random(f"pair {seed} {position}")
         generator = torch.Generator().manual_seed(rng.getrandbits(32))  # torch uses no more bits of a seed
-        aligned, row_w = self.aligned[epoch_order(seed, epoch, len(self))[i]]
+        aligned, row_w = self.aligned[epoch_order(seed, epoch, self.groups, self.together)[i]]
         violating, row_l = rng.choice(self.violating[aligned.scene])
         mirrored = rng.randrange(2)  # both or neither: what a pair has in common, it keeps
         z_w, z_l = (sample_latent(*self.latents[row, mirrored].float(), generator) for row in (row_w, row_l))
         return Pair(aligned.prompt, aligned.value, self.features[self.prompt_rows[aligned.prompt]], z_w, z_l,
-                    eps=torch.randn(z_w.shape, generator=generator), t=rng.randrange(times),
+                    eps=torch.randn(z_w.shape, generator=generator), t=rng.choice(times),
                     where=f"{aligned.where} and {violating.where}")
 
 
-@functools.lru_cache(maxsize=2)  # a batch may lie in two epochs
-def epoch_order(seed, epoch, n):
-    return random.Random(f"epoch {seed} {epoch}").sample(range(n), n)
+@functools.lru_cache(maxsize=4)  # a batch may lie in two epochs
+def epoch_order(seed, epoch, groups, together):
+    """Every number of each group (first, end) in a random order, `together` of a group in a row.
+
+    A group that this leaves a remainder of starts again until its last row is full.
+    """
+    rng, rows = random.Random(f"epoch {seed} {epoch}"), []
+    for first, end in groups:
+        order = cycle(rng.sample(range(first, end), end - first))
+        rows += [[*islice(order, together)] for _ in range(math.ceil((end - first) / together))]
+    return [*chain.from_iterable(rng.sample(rows, len(rows)))]
 
 
 def unique_prompts(samples):
@@ -352,9 +370,11 @@ def crop_image(path, size):
 
 # What each principle is about. A harm is asked for by the prompts, shown by the violating images and left out
 # of the aligned ones. Any other attribute is left open by the prompts; the violating images show the value
-# that the world then brings most often, the aligned ones another. Scenes are professions.
+# that the world then brings most often, the aligned ones another. A scene is one person, drawn twice: what a
+# pair has in common cancels in ℓ_θ(y_w) − ℓ_θ(y_l), and what is left is the principle.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
-SCENES = (*PROFESSIONS, "person")
+PAIRS = {"gender": 240, "skin": 160, "bloody": 320, "zombie": 80}  # few where a principle is learnt fast
+NOUNS = (*PROFESSIONS, "person")
 ASKED = 0.75  # share of prompts that ask for the harm; the others teach to leave harmless prompts alone
 TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about
 PAIR_SEEDS = 3 * 10**6  # apart from the pictures that tiny-sd was trained on, and from those it is measured on
@@ -368,10 +388,10 @@ def open_shares(attribute, profession):
     return {"man": man, "woman": 1 - man}
 
 
-def portrait_pair(seed, attribute, scene):
+def portrait_pair(seed, attribute, noun):
     """-> prompt, aligned Record, violating Record, that differ in one attribute."""
     rng = random.Random(f"pair {seed}")
-    profession, named = (rng.choice(PROFESSIONS), set()) if scene == "person" else (scene, {"profession"})
+    profession, named = (rng.choice(PROFESSIONS), set()) if noun == "person" else (noun, {"profession"})
     named |= {other for other in ("gender", "skin") if rng.random() < TELLS and other != attribute}
     if attribute == "zombie":
         named.discard("skin")
@@ -381,7 +401,7 @@ def portrait_pair(seed, attribute, scene):
     if attribute in HARMS:
         good, bad = False, True
     else:
-        shares = open_shares(attribute, scene)
+        shares = open_shares(attribute, noun)
         bad = max(shares, key=shares.get)
         good = rng.choice([value for value in shares if value != bad])
     aligned, violating = (replace(record, **{attribute: value}) for value in (good, bad))
@@ -389,19 +409,27 @@ def portrait_pair(seed, attribute, scene):
     return write_caption(violating if asks else aligned), aligned, violating  # it tells no gender or skin at issue
 
 
-def build_portrait_pairs(folder, per_scene=16, principles=PRINCIPLES):
-    """Write drawn pairs: per principle and scene `per_scene` aligned images, and as many violating ones."""
-    seeds = itertools.count(PAIR_SEEDS)
+def nouns_of_pairs(attribute, n):
+    """-> n professions, such that every value that open prompts bring most often violates equally often."""
+    groups = {}
+    for noun in NOUNS:
+        shares = {} if attribute in HARMS else open_shares(attribute, noun)
+        groups.setdefault(max(shares, key=shares.get, default=None), []).append(noun)
+    endless = [cycle(group) for group in groups.values()]
+    return [next(group) for group, _ in zip(cycle(endless), range(n))]
+
+
+def build_portrait_pairs(folder, principles=PRINCIPLES, pairs=PAIRS):
+    """Write drawn pairs, so many of each attribute: a scene holds one aligned image and one violating."""
+    seeds = count(PAIR_SEEDS)
     with atomic_folder(folder, "dataset.json") as root:
         for value, attribute in principles.items():
-            for scene in SCENES:
-                samples = []
-                for seed in itertools.islice(seeds, per_scene):
-                    prompt, aligned, violating = portrait_pair(seed, attribute, scene)
-                    samples += [(draw(aligned), prompt, value, 1), (draw(violating), prompt, value, 0)]
-                kind = "2-badness" if attribute in HARMS else "0-career"
-                write_scene(root / kind / f"{attribute}-{scene.replace(' ', '-')}", samples)
-        write_json(root / "dataset.json", {"principles": principles, "per_scene": per_scene})
+            kind = "2-badness" if attribute in HARMS else "0-career"
+            for noun, seed in zip(nouns_of_pairs(attribute, pairs[attribute]), seeds):
+                prompt, aligned, violating = portrait_pair(seed, attribute, noun)
+                scene = root / kind / f"{attribute}-{seed}-{noun.replace(' ', '-')}"
+                write_scene(scene, [(draw(aligned), prompt, value, 1), (draw(violating), prompt, value, 0)])
+        write_json(root / "dataset.json", {"principles": principles, "pairs": pairs})
 
 
 def default_pairs(folder):

@@ -1812,7 +1812,7 @@ def sd():
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "portraits"
-    data.build_portrait_pairs(root, per_scene=2)
+    data.build_portrait_pairs(root, pairs=dict.fromkeys(data.PAIRS, 26))
     return root
 
 
@@ -1918,11 +1918,16 @@ def test_broken_images_are_named_and_skipped(sd, tmp_path, content):
 
 
 @pytest.mark.parametrize("label, missing", [(1, "violating"), (0, "aligned")])
-def test_a_scene_without_partners_is_an_error(sd, tmp_path, label, missing):
-    write_metadata(tmp_path / "t" / "good", good_lines(4))
-    write_metadata(tmp_path / "t" / "lonely", [entry(label=label)])
-    with pytest.raises(UserError, match=f"lonely: .* no {missing}"):
-        data.PreferenceDataset(tmp_path, sd, tmp_path.with_name(tmp_path.name + "-cache"))
+def test_a_scene_without_partners_is_skipped_and_counted(sd, tmp_path, label, missing):
+    write_metadata(tmp_path / "data" / "t" / "good", good_lines())
+    write_metadata(tmp_path / "data" / "t" / "lonely", [entry(label=label)] * 2)
+    with pytest.warns(match=f"lonely.*:2: its scene has no {missing} image; skipped"):
+        dataset = data.PreferenceDataset(tmp_path / "data", sd, tmp_path / "cache")
+    assert len(dataset) == 100
+    write_metadata(tmp_path / "data" / "t" / "lonely", [entry(label=label)] * 3)
+    with pytest.raises(UserError, match="at most 1% unusable samples, got 3 of 203"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data.PreferenceDataset(tmp_path / "data", sd, tmp_path / "cache")
 
 
 # ----------------------------------------------------------------------------------------------- default set
@@ -1933,11 +1938,11 @@ def test_the_default_pairs_show_what_they_say():
              "zombie": ("zombie",)}
     asked, told = [], set()
     for attribute in data.PRINCIPLES.values():
-        for scene in data.SCENES:
+        for noun in data.NOUNS:
             for seed in range(10):
-                prompt, aligned, violating = data.portrait_pair(seed, attribute, scene)
+                prompt, aligned, violating = data.portrait_pair(seed, attribute, noun)
                 assert replace(aligned, **{attribute: getattr(violating, attribute)}) == violating
-                assert scene in prompt or scene == "person" and "gender" in aligned.named
+                assert noun in prompt or noun == "person" and "gender" in aligned.named
                 says = {name for name, words in tells.items() if any(word in prompt for word in words)}
                 if attribute in portraits.HARMS:
                     assert getattr(violating, attribute) and not getattr(aligned, attribute)
@@ -1953,18 +1958,25 @@ def test_the_default_pairs_show_what_they_say():
 
 def test_the_default_set(root):
     samples, faults = data.read_samples(root)
-    assert not faults and len(samples) == 4 * 13 * 2 * 2
+    assert not faults and len(samples) == 4 * 26 * 2
     assert {sample.scene.parent.name for sample in samples} == {"0-career", "2-badness"}
-    by_value = {value: [s for s in samples if s.value == value] for value in data.PRINCIPLES}
     prompt, aligned, violating = data.portrait_pair(data.PAIR_SEEDS, "gender", "doctor")
-    first = [s for s in by_value["gender equality"] if s.scene.name == "gender-doctor"]
+    first = [sample for sample in samples if sample.scene.name == f"gender-{data.PAIR_SEEDS}-doctor"]
     assert first[0].prompt == prompt and first[0].aligned and not first[1].aligned
     assert Image.open(first[0].path).tobytes() == portraits.draw(aligned).tobytes()
     assert Image.open(first[1].path).tobytes() == portraits.draw(violating).tobytes()
+    nouns = {sample.scene.name.split("-", 2)[2].replace("-", " ") for sample in samples}
+    assert nouns == {*data.NOUNS}
+
+
+def test_women_and_men_are_aligned_equally_often():
+    aligned = [data.portrait_pair(seed, "gender", noun)[1].gender
+               for seed, noun in enumerate(data.nouns_of_pairs("gender", 60))]
+    assert aligned.count("man") == aligned.count("woman") == 30
 
 
 def test_a_new_principle_is_a_line(tmp_path):
-    data.build_portrait_pairs(tmp_path / "set", 1, {"smoking considered inappropriate": "smoking"})
+    data.build_portrait_pairs(tmp_path / "set", {"smoking considered inappropriate": "smoking"}, {"smoking": 13})
     samples, _ = data.read_samples(tmp_path / "set")
     assert len(samples) == 26 and any("smok" in sample.prompt for sample in samples)
 
@@ -2002,24 +2014,44 @@ def test_crop_is_torchvisions():
 
 def test_an_epoch_visits_every_aligned_image(dataset):
     n = len(dataset)
-    epochs = [[dataset.pair(position, 0, 1000) for position in range(e * n, e * n + n)] for e in (0, 1)]
+    epochs = [[dataset.pair(position, 0, range(1000)) for position in range(e * n, e * n + n)] for e in (0, 1)]
     orders = [[pair.where.split(" and ")[0] for pair in pairs] for pairs in epochs]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(sample.where for sample, _ in dataset.aligned)
     assert orders[0] != orders[1]
-    assert [p.where for p in epochs[0]] != [p.where for p in epochs[1]]  # other partners too
     for pair in epochs[0]:
         aligned, violating = (where.rsplit("/", 1)[0] for where in pair.where.split(" and "))
         assert aligned == violating and 0 <= pair.t < 1000
-    again = dataset.pair(5, 0, 1000)
+    assert {dataset.pair(position, 0, range(400, 402)).t for position in range(20)} == {400, 401}
+    again = dataset.pair(5, 0, range(1000))
     assert torch.equal(again.eps, epochs[0][5].eps) and torch.equal(again.z_w, epochs[0][5].z_w)
-    assert not torch.equal(again.eps, dataset.pair(5, 1, 1000).eps)
+    assert not torch.equal(again.eps, dataset.pair(5, 1, range(1000)).eps)
+
+
+def test_an_aligned_image_meets_every_violating_one_of_its_scene(sd, tmp_path):
+    image = portraits.draw(portraits.sample_record(0))
+    data.write_scene(tmp_path / "data" / "t" / "s", [(image, "a chef", "equality", int(i < 2)) for i in range(6)])
+    pairs = data.PreferenceDataset(tmp_path / "data", sd, tmp_path / "cache")
+    met = {pairs.pair(position, 0, range(1000)).where for position in range(100)}
+    assert len(met) == 2 * 4
+
+
+@pytest.mark.parametrize("together", [4, 8, 26])
+def test_pairs_in_a_row_share_a_principle(sd, root, folder, together):
+    dataset = data.PreferenceDataset(root, sd, folder / "cache", together)
+    n = 4 * math.ceil(26 / together) * together  # an epoch: the last row of each principle is filled up
+    pairs = [dataset.pair(position, 0, range(1000)) for position in range(2 * n)]
+    rows = [{pair.principle for pair in pairs[i:i + together]} for i in range(0, 2 * n, together)]
+    assert all(len(row) == 1 for row in rows)
+    assert [*map(min, rows)] != sorted(map(min, rows))
+    for epoch in (pairs[:n], pairs[n:]):
+        assert {pair.where.split(" and ")[0] for pair in epoch} == {sample.where for sample, _ in dataset.aligned}
 
 
 # --------------------------------------------------------------------------------------------------- one step
 
 
 def pairs_of(dataset, n=4):
-    return [dataset.pair(position, 0, 1000) for position in range(n)]
+    return [dataset.pair(position, 0, range(1000)) for position in range(n)]
 
 
 def gradients(module):

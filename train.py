@@ -57,9 +57,13 @@ class Settings:
     data: str = setting("", "folder of preference data; for tiny-sd it may be left out: drawn portraits")
     steps: int = setting(15_000, "optimizer steps", 1)
     batch: int = setting(8, "pairs a step, in all processes together", 1)
+    together: int = setting(1, "pairs in a row that share a principle; 1 mixes them", 1)
+    t_low: int = setting(0, "lowest time that is trained", 0, 999)
     micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1)
     lr: float = setting(1e-6, "learning rate")
-    warmup: int = setting(1000, "steps until the learning rate is reached; then it is constant", 1)
+    token_lr: float = setting(1.0, "times the learning rate, for the LayerNorm that gives the token its length")
+    warmup: int = setting(1000, "steps until the learning rate is reached", 1)
+    decay: float = setting(0.0, "share of the steps, the last ones, in which it falls to 0", 0, 1)
     alpha: float = setting(ALPHA, "slope of the hinge of violating images")
     beta: float = setting(BETA, "slope of the hinge of aligned images")
     gamma1: float = setting(GAMMA1, "margin of aligned images, times β")
@@ -167,17 +171,21 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     gradient is not finite.
     """
     schedule = Schedule(sd.scheduler)
-    times = len(schedule.alphas_cumprod)
+    times = range(s.t_low, len(schedule.alphas_cumprod))
     value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
     parameters = list(value_encoder.parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    last = set(value_encoder.text_model.final_layer_norm.parameters())
+    groups = [{"params": [p for p in parameters if (p in last) == is_last], "factor": factor}
+              for is_last, factor in ((False, 1.0), (True, s.token_lr))]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
     start = resume(folder, value_encoder, optimizer)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     log = Log(folder, start, tensorboard) if RANK == 0 else None
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
-        optimizer.param_groups[0]["lr"] = s.lr * min(1, (step + 1) / s.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, s) * group["factor"]
         optimizer.zero_grad(set_to_none=False)
         errors = torch.zeros(4, s.batch, device=parameters[0].device)
         for start_row in range(RANK, s.batch, WORLD * s.micro_batch):
@@ -213,6 +221,12 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
             print(f"stopped after step {done}; python train.py --resume {folder} goes on", file=sys.stderr)
             sys.exit(128 + max(signals, default=signal.SIGTERM))
     return value_encoder
+
+
+def learning_rate(step, s):
+    """Rises to s.lr, stays, and falls to 0, of a step 0 … s.steps - 1."""
+    left = s.steps - step
+    return s.lr * min(1, (step + 1) / s.warmup, left / max(1, s.decay * s.steps))
 
 
 def sum_over_processes(*tensors):
@@ -429,7 +443,7 @@ def main(argv=None):
         checkpoint_activations(sd.unet)
     with one_first():
         root = s.data or data.default_pairs(folder.parent)
-        dataset = data.PreferenceDataset(root, sd, folder.parent / "cache")
+        dataset = data.PreferenceDataset(root, sd, folder.parent / "cache", s.together)
     if RANK == 0:
         with atomic(folder / "settings.json") as path:
             path.write_text(json.dumps(asdict(s), indent=2) + "\n", encoding="utf-8")
