@@ -2183,7 +2183,8 @@ def test_warning_when_the_margins_are_too_small():
 
 def run_settings(folder, root, **changes):
     options = {"weights": folder / "model", "data": root, "steps": 10, "batch": 4, "micro-batch": 4, "lr": 1e-3,
-               "warmup": 2, "beta": 100, "alpha": 50, "save-every": 2, "sample-every": 1000}
+               "warmup": 2, "beta": 100, "alpha": 50, "save-every": 2, "sample-every": 1000, "together": 2,
+               "t-low": 50, "token-lr": 5, "decay": 0.5}
     options |= {key.replace("_", "-"): value for key, value in changes.items()}
     return [text for key, value in options.items() for text in (f"--{key}", str(value))]
 
@@ -2303,7 +2304,7 @@ def test_a_non_finite_error_stops_the_run(sd, dataset, tmp_path, monkeypatch):
         return replace(pair, z_l=pair.z_l * math.nan) if position == 3 * 4 + 1 else pair
 
     monkeypatch.setattr(dataset, "pair", pair)
-    with pytest.raises(UserError, match="step 3.*" + whole(13, s.seed, 1000).where.replace("[", "\\[")):
+    with pytest.raises(UserError, match="step 3.*" + whole(13, s.seed, range(1000)).where.replace("[", "\\[")):
         train.fit(sd, dataset, s, tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
