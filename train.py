@@ -179,8 +179,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
     parameters = list(value_encoder.parameters())
     last = set(value_encoder.text_model.final_layer_norm.parameters())
-    groups = [{"params": [p for p in parameters if (p in last) == is_last], "factor": factor}
-              for is_last, factor in ((False, 1.0), (True, s.token_lr))]
+    groups = [{"params": [p for p in parameters if (p in last) == is_last]} for is_last in (False, True)]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
     start = resume(folder, value_encoder, optimizer)
     for parameter in parameters:
@@ -188,8 +187,8 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     log = Log(folder, start, tensorboard) if RANK == 0 else None
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, s) * group["factor"]
+        for group, factor in zip(optimizer.param_groups, (1, s.token_lr)):
+            group["lr"] = factor * learning_rate(step, s)
         optimizer.zero_grad(set_to_none=False)
         errors = torch.zeros(4, s.batch, device=parameters[0].device)
         for start_row in range(RANK, s.batch, WORLD * s.micro_batch):
