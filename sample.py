@@ -149,9 +149,9 @@ def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.
     dtype = next(unet.parameters()).dtype
     x, last = latents, None
     for t, abar, abar_prev in schedule.trajectory(steps, sampler):
-        output = unet(torch.cat([x, x] if guided else [x]).to(dtype), t, keys_values).float()
+        output = unet(x.to(dtype), t, keys_values).float()
         if guided:
-            out_uncond, out_cond = output.chunk(2)  # (B, 4, h, w) each
+            out_uncond, out_cond = output.chunk(2)  # (2B, 4, h, w) -> (B, 4, h, w) each
             output = out_uncond + guidance * (out_cond - out_uncond)
         x0, eps = x0_and_eps(output, x, abar, schedule.prediction_type)
         if sampler == "dpm":

@@ -120,10 +120,30 @@ def test_unet_equals_diffusers(unets, size):
 
 def test_unet_gradient_of_the_context_equals_diffusers(unets):
     ours, peer = unets
-    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 78, ours.config.cross_attention_dim, requires_grad=True)
+    # (8×8 would be 1×1 at the lowest of four levels, where norms over four numbers magnify rounding)
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 78, ours.config.cross_attention_dim, requires_grad=True)
     gradients = [torch.autograd.grad(output.square().sum(), context)[0]
                  for output in (ours(x, 500, context), peer(x, 500, context).sample)]
     assert_close(*gradients)
+
+
+@pytest.mark.parametrize("t", [500, torch.tensor([3, 981])], ids=["one t", "a t each"])
+@torch.no_grad()
+def test_what_two_texts_share_is_computed_once(unets, t):
+    unet, _ = unets
+    x, context = torch.randn(2, 4, 9, 13), torch.randn(4, 78, unet.config.cross_attention_dim)
+    rows = {}
+    hooks = [module.register_forward_hook(lambda module, _, output: rows.update({module: output.shape[0]}))
+             for module in unet.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    got = unet(x, t, context)
+    for hook in hooks:
+        hook.remove()
+    twice = unet(torch.cat([x, x]), t if isinstance(t, int) else torch.cat([t, t]), context)
+    assert got.shape == (4, 4, 9, 13)
+    assert_close(got, twice, 1e-6)
+    first = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    shared = [unet.conv_in, unet.down_blocks[0].resnets[0].conv2, first.attn1.to_out[0]]
+    assert {rows[module] for module in shared} == {2} and rows[first.attn2.to_out[0]] == rows[unet.conv_out] == 4
 
 
 @pytest.mark.parametrize("name", VAES)
