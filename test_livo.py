@@ -54,7 +54,7 @@ import sample
 import train
 import weights
 from attention import FlashAttention, attend, plain_attention, project
-from cli import UserError, run
+from cli import UserError, pick_device, run
 from clip_image import CLIPConfig, CLIPModel, load_clip, read_preprocessor, zero_shot
 from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, train_tokenizer
 from evaluate import Prompt, bootstrap, count, d1, d2, frechet_distance
@@ -730,6 +730,54 @@ def test_guidance_weighs_uncond_and_cond():
         assert error(got, expected) < 1e-5
 
 
+def test_compiling_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(UNet, "compile", lambda unet: nn.Module.compile(unet, backend="eager", fullgraph=True))
+    options = ["--prompt", "a doctor", "--steps", "3", "--principle", "none", "--dtype", "fp32", "--device", "cpu"]
+    for name, more in ("plain", []), ("compiled", ["--compile"]):
+        sample.main([*options, *more, "--out", str(tmp_path / name)])
+    plain, compiled = (Image.open(tmp_path / name / "0000.png") for name in ("plain", "compiled"))
+    assert abs(pixels([plain]) - pixels([compiled])).max() <= 1
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile: expected a C.. compiler, got no no-such-compiler"):
+        sample.main([*options, "--compile", "--out", str(tmp_path)])
+
+
+def test_auto_is_the_fastest_dtype(monkeypatch):
+    for capabilities, dtype in ({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        assert pick_device("cpu", "auto") == (torch.device("cpu"), dtype)
+        assert pick_device("cpu", "fp32")[1] == torch.float32
+
+
+def test_half_precision_draws_about_the_same(shipped):
+    rough = weights.load(TOKENIZER.parent, dtype=torch.bfloat16)
+    full, half = (pixels(image for _, image, _ in sample.draw(
+        sd, "a doctor", "", [], None, range(2), steps=10)) for sd in (shipped[0], rough))
+    assert abs(full - half).mean() < 4 and full.std() > 40
+
+
+def test_wide_networks_in_half_precision_have_channels_last(monkeypatch):
+    images = []
+    for wide in (1, 1000):
+        monkeypatch.setattr(weights, "WIDE", wide)
+        sd = weights.load(TOKENIZER.parent, dtype=torch.bfloat16)
+        assert sd.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last) == (wide == 1)
+        images.append(pixels(image for _, image, _ in sample.draw(sd, "a doctor", "", [], None, [0], steps=4)))
+    assert abs(images[0] - images[1]).mean() < 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_equals_a_plain_one(monkeypatch):
+    sd, (context, uncond) = tiny_sd(), torch.randn(2, 2, 77, 24, device="cuda")
+    unet, x = sd.unet.cuda(), torch.randn(2, 4, 8, 8, device="cuda")
+    before = x.clone()
+    recorded = [y.clone() for y in denoise(unet, Schedule(SD1), x, context, uncond, steps=5)]
+    monkeypatch.setattr(sample, "one_launch", lambda unet, x, keys_values: lambda x, t: unet(x, t, keys_values))
+    for ours, plain in zip(recorded, denoise(unet, Schedule(SD1), x, context, uncond, steps=5)):
+        assert_close(ours, plain)
+    assert torch.equal(x, before)
+
+
 def test_grid_is_nearly_square():
     images = [Image.new("RGB", (6, 4), (i, 0, 0)) for i in range(5)]
     sheet = grid(images)
@@ -770,7 +818,8 @@ def write_pipeline(path, config):
 
 
 def draw(sd_written, out, *options):
-    sample.main(["--weights", str(sd_written), "--out", str(out), "--device", "cpu", *map(str, options)])
+    sample.main(["--weights", str(sd_written), "--out", str(out), "--device", "cpu", "--dtype", "fp32",
+                 *map(str, options)])
     return pixels(Image.open(path) for path in sorted(Path(out).glob("0*.png")))
 
 
@@ -2652,7 +2701,7 @@ def test_full_size(tmp_path):
     theirs = pipe("a cat", num_inference_steps=3, generator=torch.Generator().manual_seed(5)).images[0]
     del pipe
     sample.main(["--weights", str(tmp_path / "sd"), "--prompt", "a cat", "--steps", "3", "--seed", "5",
-                 "--principle", "none", "--out", str(tmp_path / "out")])
+                 "--principle", "none", "--dtype", "fp32", "--out", str(tmp_path / "out")])
     ours = Image.open(tmp_path / "out" / "0000.png")
     assert ours.size == (512, 512)
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 3

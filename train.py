@@ -380,7 +380,7 @@ def parse_args(argv):
     parser.add_argument("--resume", type=Path, help="folder of a run to go on with; settings given anew win")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
-    add_device_options(parser, cuda="bf16")
+    add_device_options(parser, auto="bf16 on CUDA, else fp32")
     return parser.parse_args(argv)
 
 
@@ -435,8 +435,8 @@ def main(argv=None):
     args = parse_args(argv)
     s, folder = choose_settings(args)
     device, dtype = pick_device(join_processes(args.device), s.dtype)
-    if device.type == "cuda" and s.dtype == "auto":
-        dtype = torch.bfloat16  # the smallest gradients vanish in float16
+    if s.dtype == "auto":  # the smallest gradients vanish in float16
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
     if args.checkpointing:
