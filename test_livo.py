@@ -2199,6 +2199,48 @@ def test_halves_and_micro_batches_equal_the_whole_loss(sd, dataset, micro_batch,
     assert relative(gradients(apart), gradients(joint)) < 1e-5
 
 
+def kept(unet, context):
+    """-> the output, and the bytes that are kept for the way back, weights aside."""
+    weights_of, found = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights_of:
+            found[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)  # x: so that none is freed
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = unet(torch.randn(1, 4, 16, 16), 500, context)
+    return output, sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_frozen_convolution_keeps_no_input(monkeypatch, layout):
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**UNETS["1.x, two levels"])).eval().requires_grad_(False).to(memory_format=layout)
+    context, results = torch.randn(1, 78, 24, requires_grad=True), []
+    for forward in (unet.conv_in.forward.__func__, nn.Conv2d.forward):
+        monkeypatch.setattr(type(unet.conv_in), "forward", forward)
+        torch.manual_seed(1)
+        output, size = kept(unet, context)
+        results.append((torch.autograd.grad(output.square().sum(), context)[0], size))
+    (ours, less), (plain, more) = results
+    assert_close(ours, plain, 1e-5)
+    assert less < 0.9 * more
+
+
+def test_nothing_is_differentiated_below_the_first_look_at_the_text(sd):
+    context, needed = torch.randn(1, 78, 32, requires_grad=True), {}
+    block = sd.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    layers = {"conv_in": sd.unet.conv_in, "resnet": sd.unet.down_blocks[0].resnets[0], "attn1": block.attn1,
+              "attn2": block.attn2, "conv_out": sd.unet.conv_out}
+    hooks = [layer.register_forward_hook(lambda _, inputs, output, name=name: needed.update({name: output.requires_grad}))
+             for name, layer in layers.items()]
+    sd.unet(torch.randn(1, 4, 8, 8), 500, context)
+    for hook in hooks:
+        hook.remove()
+    assert needed == {"conv_in": False, "resnet": False, "attn1": False, "attn2": True, "conv_out": True}
+
+
 def test_gradients_reach_the_value_encoder_and_nothing_else(sd, dataset):
     value_encoder = trained_a_little(sd)
     train.add_gradient(sd, value_encoder, pairs_of(dataset), Schedule(sd.scheduler), settings())
@@ -2227,9 +2269,9 @@ def test_the_loss_without_effect_is_the_sum_of_the_margins(sd, dataset, monkeypa
                         features.clone().requires_grad_())
     s = settings(gamma1=1.0, gamma2=0.5)
     errors = train.add_gradient(sd, None, pairs_of(dataset), Schedule(sd.scheduler), s)
-    assert torch.equal(errors[0], errors[1]) and torch.equal(errors[2], errors[3])
+    assert_close(errors[::2], errors[1::2], 1e-6)
     line = train.summarize(0, errors, s)
-    assert line["loss"] == 1.5 and line["active_w"] == line["active_l"] == 1
+    assert line["loss"] == pytest.approx(1.5, rel=1e-3) and line["active_w"] == line["active_l"] == 1
 
 
 def test_silent_hinges_have_no_gradient(sd, dataset):
