@@ -42,6 +42,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import attention
+import bench
 import build
 import clip_image
 import data
@@ -2716,6 +2717,63 @@ def test_errors(tiny, tmp_path):
         evaluate.main(["--weights", str(tmp_path / "large"), "--out", str(tmp_path / "out"), "--device", "cpu"])
     with pytest.raises(UserError, match="steps do not fit"):
         evaluate.main(["--weights", str(tiny), "--steps", "2000", "--out", str(tmp_path / "out"), "--device", "cpu"])
+
+
+# ── bench.py ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def one_process(tiny, monkeypatch):
+    """bench.py measures the random model, here, without processes of its own."""
+    monkeypatch.setattr(bench, "TINY_SD", tiny)
+    monkeypatch.setattr(bench, "apart", bench.measured)
+    monkeypatch.setattr(bench, "rate", lambda device, dtype: 1e11)
+
+
+def test_both_sides_of_the_bench_compute_the_same(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    common = tmp_path / "model", torch.device("cpu"), torch.float32, 64
+    (_, ours), (_, theirs) = bench.step_ours(*common, 2, 3), bench.step_theirs(*common, 2, 3)
+    assert ours.shape == (2, 4, 16, 16)
+    assert_close(ours, theirs)
+    (_, ours), (_, theirs) = bench.pictures_ours(*common, 2, 3), bench.pictures_theirs(*common, 2, 3)
+    assert abs(pixels(ours) - pixels(theirs)).max() <= 1
+    bench.write_pairs(*common, 2, tmp_path / "pairs.pt")
+    sides = [side(*common, 2, 3, tmp_path / "pairs.pt") for side in (bench.training_ours, bench.training_theirs)]
+    assert sides[0][1] == pytest.approx(sides[1][1], rel=1e-4)
+    assert sides[0][1] != pytest.approx(1.5, abs=1e-3)  # not the loss of a token without effect
+
+
+def test_operations_are_those_of_the_full_size_unet():
+    giga = partial(bench.unet_operations, UNetConfig(), 64, 1, 77)
+    assert giga() / 1e9 == pytest.approx(803, abs=1)
+    assert giga(contexts=2) < 1.96 * giga()  # what the two share
+
+
+@pytest.mark.parametrize("part", ["sample", "train", "load"])
+def test_rows_of_the_bench(part, one_process, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "cpu_name": "A CPU"})
+    if part == "load":
+        monkeypatch.setattr(bench, "loading", lambda script, *where: (float(len(script)), 10**6))
+    bench.main([part, "--runs", "1", "--batch", "2", "--steps", "3", "--save", "--device", "cpu"])
+    (saved,), shown = (tmp_path / "assets").iterdir(), capsys.readouterr().out
+    rows = json.loads(saved.read_text())["rows"]
+    assert len(rows) == (1 if part == "train" else 2)
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"]) and row["what"] in shown
+        assert min(row["peak_ours"], row["peak_theirs"]) > 10**8 and (row["floor"] or 1) > 0
+
+
+def test_load_is_timed_from_the_start_of_python(tiny):
+    for script in (bench.LOAD_OURS, bench.LOAD_THEIRS):
+        taken, size = bench.loading(script, tiny, "cpu", torch.float32)
+        assert taken > 0.3 and size > 10**5
+
+
+def test_a_bench_of_an_odd_size_says_so(one_process):
+    with pytest.raises(UserError, match="--size 63: expected a multiple of 4"):
+        bench.main(["train", "--size", "63", "--device", "cpu"])
 
 
 # ── full size ──────────────────────────────────────────────────────────────────────────────────────────────────
