@@ -7,9 +7,10 @@
     python bench.py attention                  # the kernels of attention.py, on a GPU
 
 Theirs is diffusers' pipeline, the authors' training step rewritten with diffusers and transformers, and
-scaled_dot_product_attention. ratio: theirs / ours, so that above 1 ours is the faster one. Every run has a process
-of its own, ours and theirs in turns, and the median counts. peak: of a process's memory, with all that it has
-loaded; on a GPU, of the GPU's. floor: the time that ours would take if it were nothing but matrix products.
+scaled_dot_product_attention. (With the package accelerate, diffusers loads faster.) ratio: theirs / ours, so that
+above 1 ours is the faster one. Every run has a process of its own, ours and theirs in turns, and the median counts.
+peak: of a process's memory, with all that it has loaded; on a GPU, of the GPU's. floor: the time that ours would
+take if it were nothing but matrix products.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -42,13 +44,14 @@ from attention import attend, has_kernels
 from cli import Parser, UserError, add_device_options, atomic, number, pick_device, run
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data import Pair
-from livo import ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, encode_prompts, make_context, make_uncond
-from sample import Schedule, denoise, draw_noise, generate
+from livo import ALPHA, BETA, ValueEncoder, encode_prompts, make_context, make_uncond
+from sample import Schedule, generate
 from unet import UNet, UNetConfig
 from vae import VAE
 
 TINY_SD = Path(__file__).parent / "tiny-sd"
 PROMPT, PRINCIPLE, GUIDANCE, SEED = "a portrait of a doctor", "gender equality", 7.5, 0
+MARGIN = 10.0  # γ1 and γ2, so wide that no hinge is silent: a silent one would spare us, not them, the way back
 PRODUCT = 2048  # rows and columns of the matrices whose product gives the floor's rate
 
 ROUNDS = 15  # of runs in alternation, of which the median counts
@@ -134,7 +137,7 @@ def bench_attention(model, args):
 
 # ── sampling ────────────────────────────────────────────────────────────────────────────────────────────────────────
 #
-# Each of these runs in a process of its own -> (seconds, what to compare: of the same noise, so equal up to rounding).
+# Each side of a comparison, here and below, gives seconds, and what a test compares.
 
 
 def clock(device):
@@ -146,40 +149,22 @@ def clock(device):
 
 def between(stamps):
     """Seconds of a step, given when each ended. The first is left out: it prepares what the others use."""
-    return statistics.median(after - before for before, after in zip(stamps[1:], stamps[2:]))
+    return statistics.median(after - before for before, after in pairwise(stamps[1:]))
 
 
-def step_ours(folder, device, dtype, size, n, steps):
-    """A step of n guided pictures -> seconds, the last latents."""
+def drawing_ours(folder, device, dtype, size, n, steps, whole):
+    """n pictures, guided -> seconds from the prompt to the pictures, or else of a step; PIL images."""
     sd = weights.load(folder, dtype=dtype, device=device)
-    side = size // sd.vae.config.factor
-    x = draw_noise([torch.Generator().manual_seed(SEED + i) for i in range(n)], (4, side, side), device)
-    with torch.no_grad():
-        context, uncond = (c.expand(n, -1, -1) for c in (make_context(sd, [PROMPT]), make_uncond(sd, 77)))
     stamps = [clock(device)]
-    for x in denoise(sd.unet, Schedule(sd.scheduler), x, context, uncond, steps=steps, guidance=GUIDANCE):
-        stamps.append(clock(device))
-    return between(stamps), x.cpu()
+    with torch.no_grad():
+        context, uncond = make_context(sd, [PROMPT]), make_uncond(sd, 77)
+    images = list(generate(sd, context, uncond, range(SEED, SEED + n), height=size, width=size, batch_size=n,
+                           steps=steps, guidance=GUIDANCE,
+                           after_step=lambda _: stamps.append(clock(device))))  # fmt: skip
+    return clock(device) - stamps[0] if whole else between(stamps), images
 
 
-def pictures_ours(folder, device, dtype, size, n, steps):
-    """n pictures from the prompt on -> seconds, PIL images."""
-    sd = weights.load(folder, dtype=dtype, device=device)
-
-    def draw(steps):
-        with torch.no_grad():
-            context, uncond = make_context(sd, [PROMPT]), make_uncond(sd, 77)
-        return list(generate(sd, context, uncond, range(SEED, SEED + n), height=size, width=size, steps=steps,
-                             guidance=GUIDANCE))
-
-    draw(2)
-    start = clock(device)
-    images = draw(steps)
-    return clock(device) - start, images
-
-
-def pipeline(folder, device, dtype, compiled, size, n):
-    """diffusers' pipeline -> a function of its further options."""
+def drawing_theirs(folder, device, dtype, size, n, steps, whole, compiled=False):
     import diffusers
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None)
@@ -187,28 +172,16 @@ def pipeline(folder, device, dtype, compiled, size, n):
     pipe.to(device).set_progress_bar_config(disable=True)
     if compiled:
         pipe.unet.compile(fullgraph=True)
-    return lambda steps, **options: pipe(
-        [PROMPT] * n, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE,
-        generator=[torch.Generator().manual_seed(SEED + i) for i in range(n)], **options).images
-
-
-def step_theirs(folder, device, dtype, size, n, steps, compiled=False):
-    draw, stamps = pipeline(folder, device, dtype, compiled, size, n), [0.0]
+    stamps = [clock(device)]
 
     def stamp(pipe, i, t, tensors):
         stamps.append(clock(device))
         return tensors
 
-    latents = draw(steps, output_type="latent", callback_on_step_end=stamp)
-    return between(stamps), latents.cpu().float()
-
-
-def pictures_theirs(folder, device, dtype, size, n, steps):
-    draw = pipeline(folder, device, dtype, False, size, n)
-    draw(2)
-    start = clock(device)
-    images = draw(steps)
-    return clock(device) - start, images
+    images = pipe([PROMPT] * n, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE,
+                  generator=[torch.Generator().manual_seed(SEED + i) for i in range(n)],
+                  callback_on_step_end=stamp).images  # fmt: skip
+    return clock(device) - stamps[0] if whole else between(stamps), images
 
 
 # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -247,7 +220,7 @@ def training_ours(folder, device, dtype, size, n, steps, file):
     pairs = [Pair(PROMPT, PRINCIPLE, *row, int(t), "") for *row, t in zip(
         saved["features"], z_w, z_l, saved["eps"], saved["t"])]  # fmt: skip
     value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
-    s, schedule = train.Settings(batch=n), Schedule(sd.scheduler)
+    s, schedule = train.Settings(batch=n, gamma1=MARGIN, gamma2=MARGIN), Schedule(sd.scheduler)
 
     def step():
         return train.summarize(0, train.add_gradient(sd, value_encoder, pairs, schedule, s), s)["loss"]
@@ -294,7 +267,7 @@ def training_theirs(folder, device, dtype, size, n, steps, file):
         context = torch.cat([value.to(dtype), features], 1)
         (err_w, ref_w), (err_l, ref_l) = (errors(images, noise, context, features) for images, noise
                                           in zip(saved["images"].chunk(2), saved["noise"].chunk(2)))
-        loss = (F.relu(GAMMA1 + BETA * (err_w - ref_w)) + F.relu(GAMMA2 + ALPHA * (ref_l - err_l))).mean()
+        loss = (F.relu(MARGIN + BETA * (err_w - ref_w)) + F.relu(MARGIN + ALPHA * (ref_l - err_l))).mean()
         loss.backward()
         return loss.item()
 
@@ -339,20 +312,16 @@ def loading(script, folder, device, dtype):
 # ── the floor ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def operations(call):
-    """Of the matrix products and convolutions in a call."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # "meta": shapes without values
-        call()
-    return counter.get_total_flops()
-
-
 def unet_operations(config, side, n, tokens, contexts=1, backward=False):
-    """A UNet call's, of n latents side × side, and, if asked for, those of the way back to the contexts."""
-    with torch.device("meta"):
+    """Of the matrix products and convolutions in a UNet call of n latents, side × side, and, if asked for, in the way
+    back from it to the contexts."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # "meta": shapes without values
         unet = UNet(config).requires_grad_(False)
-        x = torch.empty(n, config.in_channels, side, side)
         context = torch.empty(contexts * n, tokens, config.cross_attention_dim, requires_grad=backward)
-    return operations(lambda: unet(x, 500, context).sum().backward() if backward else unet(x, 500, context))
+        output = unet(torch.empty(n, config.in_channels, side, side), 500, context)
+        if backward:
+            output.sum().backward()
+    return counter.get_total_flops()
 
 
 def rate(device, dtype):
@@ -387,12 +356,11 @@ def compare(what, ours, theirs, runs, floor=None):
     row = {"what": what, "ours": seconds_ours, "theirs": seconds_theirs, "ratio": seconds_theirs / seconds_ours,
            "peak_ours": peak_ours, "peak_theirs": peak_theirs, "floor": floor}
     print(f"{what:52}{seconds_ours:9.3f}{seconds_theirs:9.3f}{row['ratio']:7.2f}{peak_ours / 1e9:8.2f}"
-          f"{peak_theirs / 1e9:8.2f}"
-          + (f"{floor:9.3f}" if floor else ""), flush=True)
+          f"{peak_theirs / 1e9:8.2f}" + (f"{floor:9.3f}" if floor else ""), flush=True)
     return row
 
 
-def name(dtype):
+def short(dtype):
     return str(dtype).removeprefix("torch.")
 
 
@@ -404,26 +372,24 @@ def dtypes(args):
     us beside float32, which is diffusers' default."""
     _, dtype = pick_device(args.device, args.dtype)
     if args.dtype != "auto":
-        return [(str(dtype)[6:], dtype, dtype)]
+        return [(short(dtype), dtype, dtype)]
     rows = [("float32", torch.float32, torch.float32)]
-    return rows + [(f"auto: {str(dtype)[6:]}, theirs float32", dtype, torch.float32)] * (dtype != torch.float32)
+    return rows + [(f"auto: {short(dtype)}, theirs float32", dtype, torch.float32)] * (dtype != torch.float32)
 
 
 def bench_sample(model, args):
-    device, n = model.device, args.batch or (1 if args.full else 8)
-    size, steps = args.size or model.size, args.steps or (4 if args.full else 50)
+    """tiny-sd's pictures as a whole; of the full size a step, of which a picture takes 50."""
+    device, n, steps = model.device, args.batch or (1 if args.full else 8), args.steps or (4 if args.full else 50)
+    size = args.size or model.size
+    what = f"step, {n} × {size}×{size}" if args.full else f"{n} pictures, {steps} steps"
     for label, ours, theirs in dtypes(args):
-        common = model.folder, device
-        floor = unet_operations(model.unet, size // model.factor, n, 77, contexts=2) / rate(device, ours)
-        if args.full:
-            what, sides = "step", (step_ours, step_theirs)
-        else:
-            what, sides, floor = f"{n} pictures, {steps} steps", (pictures_ours, pictures_theirs), floor * steps
-        calls = [partial(side, *common, dtype, size, n, steps) for side, dtype in zip(sides, (ours, theirs))]
-        yield compare(f"{what}, {size}×{size}, {label}", *calls, args.runs, floor)
+        ours, theirs = (partial(side, model.folder, device, dtype, size, n, steps, whole=not args.full)
+                        for side, dtype in ((drawing_ours, ours), (drawing_theirs, theirs)))  # fmt: skip
+        count = unet_operations(model.unet, size // model.factor, n, 77, contexts=2) * (1 if args.full else steps)
+        floor = count / rate(device, ours.args[2])
+        yield compare(f"{what}, {label}", ours, theirs, args.runs, floor)
         if device.type == "cuda" and args.full:
-            calls[1] = partial(step_theirs, *common, ours, size, n, steps, compiled=True)
-            yield compare(f"{what}, {size}×{size}, {str(ours)[6:]}, theirs compiled", *calls, args.runs, floor)
+            yield compare(f"{what}, {label}, compiled", ours, partial(theirs, compiled=True), args.runs, floor)
 
 
 def bench_train(model, args):
@@ -434,8 +400,8 @@ def bench_train(model, args):
         apart(partial(write_pairs, model.folder, device, dtype, size, n, file))
         calls = [partial(call, model.folder, device, dtype, size, n, steps, file)
                  for call in (training_ours, training_theirs)]
-        count = 2 * unet_operations(model.unet, side, n, 77) + 2 * unet_operations(model.unet, side, n, 78, backward=True)
-        yield compare(f"training step, {n} pairs, {size}×{size}, {str(dtype)[6:]}", *calls, args.runs,
+        count = 2 * (unet_operations(model.unet, side, n, 77) + unet_operations(model.unet, side, n, 78, backward=True))
+        yield compare(f"training step, {n} pairs, {size}×{size}, {short(dtype)}", *calls, args.runs,
                       count / rate(device, dtype))
 
 
@@ -504,6 +470,7 @@ def main(argv=None):
     parser.add_argument("--save", action="store_true", help="write the rows to assets/bench-MACHINE.json")
     add_device_options(parser)
     args = parser.parse_args(argv)
+    os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     device, _ = pick_device(args.device, args.dtype)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())

@@ -343,8 +343,8 @@ def parse_args(argv=None):
     parser.add_argument("--height", type=int, help="in pixels; the model's own if left out")
     parser.add_argument("--width", type=int, help="in pixels; the model's own if left out")
     add_device_options(parser)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: a minute or more at first, then "
-                        "faster")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: a minute or more at first, "
+                        "then faster")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to")
     args = parser.parse_args(argv)
     if args.eta and args.sampler == "dpm":
