@@ -2415,7 +2415,7 @@ def test_a_non_finite_error_stops_the_run(sd, dataset, tmp_path, monkeypatch):
         return replace(pair, z_l=pair.z_l * math.nan) if position == 3 * 4 + 1 else pair
 
     monkeypatch.setattr(dataset, "pair", pair)
-    with pytest.raises(UserError, match="step 3.*" + whole(13, s.seed, 1000).where.replace("[", "\\[")):
+    with pytest.raises(UserError, match="step 3.*" + whole(13, s.seed, range(1000)).where.replace("[", "\\[")):
         train.fit(sd, dataset, s, tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
