@@ -478,7 +478,9 @@ def main(argv=None):
     with prepared(args.full, device) as model:
         if args.size and args.size % model.factor:
             raise UserError(f"--size {args.size}: expected a multiple of {model.factor}")
-        print(f"{machine(device)}, torch {torch.__version__}, {'SD 1.5, random' if args.full else 'tiny-sd'}\n{HEADER}")
+        print(f"{machine(device)}, torch {torch.__version__}, {'SD 1.5, random' if args.full else 'tiny-sd'}")
+        if args.part != "attention":
+            print(HEADER)
         for part in [args.part] if args.part else PARTS:
             rows += PARTS[part](model, args)
     if args.save:
