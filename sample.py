@@ -11,6 +11,8 @@ x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε is a latent at time t; ᾱ, in code `abar`
 """
 
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,18 @@ def draw_noise(generators, shape, device="cpu"):
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators]).to(device)
 
 
+def one_launch(unet, x, keys_values):
+    """`unet(x, t, keys_values)` as a function of x and t. On a GPU it is recorded, and replayed by one launch: the
+    thousand or so of a small batch take longer than the work that they start."""
+
+    def call(x, t):
+        return unet(x, t, keys_values)
+
+    if not x.is_cuda:
+        return call
+    return torch.cuda.make_graphed_callables(call, (x.clone(), torch.zeros((), dtype=torch.long, device=x.device)))
+
+
 @torch.no_grad()
 def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.5, sampler="ddim", eta=0.0,
             generators=None):
@@ -147,11 +161,12 @@ def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.
     guided = guidance > 1
     keys_values = unet.keys_values(torch.cat([uncond, context]) if guided else context)
     dtype = next(unet.parameters()).dtype
+    call = one_launch(unet, latents.to(dtype), keys_values)
     x, last = latents, None
     for t, abar, abar_prev in schedule.trajectory(steps, sampler):
-        output = unet(torch.cat([x, x] if guided else [x]).to(dtype), t, keys_values).float()
+        output = call(x.to(dtype), torch.tensor(t, device=x.device)).float()
         if guided:
-            out_uncond, out_cond = output.chunk(2)  # (B, 4, h, w) each
+            out_uncond, out_cond = output.chunk(2)  # (2B, 4, h, w) -> (B, 4, h, w) each
             output = out_uncond + guidance * (out_cond - out_uncond)
         x0, eps = x0_and_eps(output, x, abar, schedule.prediction_type)
         if sampler == "dpm":
@@ -292,6 +307,13 @@ def load_value_encoder(source, weights_source, sd):
     return value_encoder
 
 
+def compile_unet(unet):
+    """Fuse what torch can. The first call takes a minute or more. Raises UserError where there is no compiler."""
+    if not shutil.which(compiler := os.environ.get("CXX", "g++")):
+        raise UserError(f"--compile: expected a C++ compiler, got no {compiler}")
+    unet.compile()
+
+
 def parse_args(argv=None):
     parser = Parser(description="Draw pictures of a prompt with Stable Diffusion, and of a value principle with LiVO.")
     count = number(int, 1, 10_000)
@@ -321,6 +343,8 @@ def parse_args(argv=None):
     parser.add_argument("--height", type=int, help="in pixels; the model's own if left out")
     parser.add_argument("--width", type=int, help="in pixels; the model's own if left out")
     add_device_options(parser)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: a minute or more at first, "
+                        "then faster")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to")
     args = parser.parse_args(argv)
     if args.eta and args.sampler == "dpm":
@@ -334,6 +358,8 @@ def main(argv=None):
     check_writable(args.out)
     sd = weights.load(args.weights, dtype=dtype, device=device, tokenizer=args.tokenizer,
                       prediction_type=args.prediction)
+    if args.compile:
+        compile_unet(sd.unet)
     Schedule(sd.scheduler).trajectory(args.steps, args.sampler)  # complain before the work, not in it
     f, (h, w) = sd.vae.config.factor, latent_size(sd, args.height, args.width)
 

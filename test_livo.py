@@ -42,6 +42,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import attention
+import bench
 import build
 import clip_image
 import data
@@ -54,7 +55,7 @@ import sample
 import train
 import weights
 from attention import FlashAttention, attend, plain_attention, project
-from cli import UserError, run
+from cli import UserError, pick_device, run
 from clip_image import CLIPConfig, CLIPModel, load_clip, read_preprocessor, zero_shot
 from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, train_tokenizer
 from evaluate import Prompt, bootstrap, count, d1, d2, frechet_distance
@@ -120,10 +121,30 @@ def test_unet_equals_diffusers(unets, size):
 
 def test_unet_gradient_of_the_context_equals_diffusers(unets):
     ours, peer = unets
-    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 78, ours.config.cross_attention_dim, requires_grad=True)
+    # (8×8 would be 1×1 at the lowest of four levels, where norms over four numbers magnify rounding)
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 78, ours.config.cross_attention_dim, requires_grad=True)
     gradients = [torch.autograd.grad(output.square().sum(), context)[0]
                  for output in (ours(x, 500, context), peer(x, 500, context).sample)]
     assert_close(*gradients)
+
+
+@pytest.mark.parametrize("t", [500, torch.tensor([3, 981])], ids=["one t", "a t each"])
+@torch.no_grad()
+def test_what_two_texts_share_is_computed_once(unets, t):
+    unet, _ = unets
+    x, context = torch.randn(2, 4, 9, 13), torch.randn(4, 78, unet.config.cross_attention_dim)
+    rows = {}
+    hooks = [module.register_forward_hook(lambda module, _, output: rows.update({module: output.shape[0]}))
+             for module in unet.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    got = unet(x, t, context)
+    for hook in hooks:
+        hook.remove()
+    twice = unet(torch.cat([x, x]), t if isinstance(t, int) else torch.cat([t, t]), context)
+    assert got.shape == (4, 4, 9, 13)
+    assert_close(got, twice, 1e-6)
+    first = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    shared = [unet.conv_in, unet.down_blocks[0].resnets[0].conv2, first.attn1.to_out[0]]
+    assert {rows[module] for module in shared} == {2} and rows[first.attn2.to_out[0]] == rows[unet.conv_out] == 4
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -710,6 +731,54 @@ def test_guidance_weighs_uncond_and_cond():
         assert error(got, expected) < 1e-5
 
 
+def test_compiling_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(UNet, "compile", lambda unet: nn.Module.compile(unet, backend="eager", fullgraph=True))
+    options = ["--prompt", "a doctor", "--steps", "3", "--principle", "none", "--dtype", "fp32", "--device", "cpu"]
+    for name, more in ("plain", []), ("compiled", ["--compile"]):
+        sample.main([*options, *more, "--out", str(tmp_path / name)])
+    plain, compiled = (Image.open(tmp_path / name / "0000.png") for name in ("plain", "compiled"))
+    assert abs(pixels([plain]) - pixels([compiled])).max() <= 1
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile: expected a C.. compiler, got no no-such-compiler"):
+        sample.main([*options, "--compile", "--out", str(tmp_path)])
+
+
+def test_auto_is_the_fastest_dtype(monkeypatch):
+    for capabilities, dtype in ({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        assert pick_device("cpu", "auto") == (torch.device("cpu"), dtype)
+        assert pick_device("cpu", "fp32")[1] == torch.float32
+
+
+def test_half_precision_draws_about_the_same(shipped):
+    rough = weights.load(TOKENIZER.parent, dtype=torch.bfloat16)
+    full, half = (pixels(image for _, image, _ in sample.draw(
+        sd, "a doctor", "", [], None, range(2), steps=10)) for sd in (shipped[0], rough))
+    assert abs(full - half).mean() < 4 and full.std() > 40
+
+
+def test_wide_networks_in_half_precision_have_channels_last(monkeypatch):
+    images = []
+    for wide in (1, 1000):
+        monkeypatch.setattr(weights, "WIDE", wide)
+        sd = weights.load(TOKENIZER.parent, dtype=torch.bfloat16)
+        assert sd.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last) == (wide == 1)
+        images.append(pixels(image for _, image, _ in sample.draw(sd, "a doctor", "", [], None, [0], steps=4)))
+    assert abs(images[0] - images[1]).mean() < 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_equals_a_plain_one(monkeypatch):
+    sd, (context, uncond) = tiny_sd(), torch.randn(2, 2, 77, 24, device="cuda")
+    unet, x = sd.unet.cuda(), torch.randn(2, 4, 8, 8, device="cuda")
+    before = x.clone()
+    recorded = [y.clone() for y in denoise(unet, Schedule(SD1), x, context, uncond, steps=5)]
+    monkeypatch.setattr(sample, "one_launch", lambda unet, x, keys_values: lambda x, t: unet(x, t, keys_values))
+    for ours, plain in zip(recorded, denoise(unet, Schedule(SD1), x, context, uncond, steps=5)):
+        assert_close(ours, plain)
+    assert torch.equal(x, before)
+
+
 def test_grid_is_nearly_square():
     images = [Image.new("RGB", (6, 4), (i, 0, 0)) for i in range(5)]
     sheet = grid(images)
@@ -750,7 +819,8 @@ def write_pipeline(path, config):
 
 
 def draw(sd_written, out, *options):
-    sample.main(["--weights", str(sd_written), "--out", str(out), "--device", "cpu", *map(str, options)])
+    sample.main(["--weights", str(sd_written), "--out", str(out), "--device", "cpu", "--dtype", "fp32",
+                 *map(str, options)])
     return pixels(Image.open(path) for path in sorted(Path(out).glob("0*.png")))
 
 
@@ -1617,7 +1687,7 @@ def test_tiny_sd_is_small_and_diffusers_draws_the_same(tmp_path):
     theirs = pipe("a zombie chef", num_inference_steps=9, num_images_per_prompt=2, generator=[
         torch.Generator().manual_seed(seed) for seed in (4, 5)]).images
     sample.main(["--prompt", "a zombie chef", "--principle", "none", "--steps", "9", "-n", "2", "--seed", "4",
-                 "--out", str(tmp_path)])
+                 "--dtype", "fp32", "--out", str(tmp_path)])
     for i, image in enumerate(theirs):
         ours = Image.open(tmp_path / f"{i:04}.png")
         assert np.abs(np.asarray(ours, int) - np.asarray(image, int)).max() <= 1
@@ -2130,6 +2200,48 @@ def test_halves_and_micro_batches_equal_the_whole_loss(sd, dataset, micro_batch,
     assert relative(gradients(apart), gradients(joint)) < 1e-5
 
 
+def kept(unet, context):
+    """-> the output, and the bytes that are kept for the way back, weights aside."""
+    weights_of, found = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights_of:
+            found[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)  # x: so that none is freed
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = unet(torch.randn(1, 4, 16, 16), 500, context)
+    return output, sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_frozen_convolution_keeps_no_input(monkeypatch, layout):
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**UNETS["1.x, two levels"])).eval().requires_grad_(False).to(memory_format=layout)
+    context, results = torch.randn(1, 78, 24, requires_grad=True), []
+    for forward in (unet.conv_in.forward.__func__, nn.Conv2d.forward):
+        monkeypatch.setattr(type(unet.conv_in), "forward", forward)
+        torch.manual_seed(1)
+        output, size = kept(unet, context)
+        results.append((torch.autograd.grad(output.square().sum(), context)[0], size))
+    (ours, less), (plain, more) = results
+    assert_close(ours, plain, 1e-5)
+    assert less < 0.9 * more
+
+
+def test_nothing_is_differentiated_below_the_first_look_at_the_text(sd):
+    context, needed = torch.randn(1, 78, 32, requires_grad=True), {}
+    block = sd.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    layers = {"conv_in": sd.unet.conv_in, "resnet": sd.unet.down_blocks[0].resnets[0], "attn1": block.attn1,
+              "attn2": block.attn2, "conv_out": sd.unet.conv_out}
+    hooks = [layer.register_forward_hook(
+        lambda _, inputs, output, name=name: needed.update({name: output.requires_grad})) for name, layer in layers.items()]
+    sd.unet(torch.randn(1, 4, 8, 8), 500, context)
+    for hook in hooks:
+        hook.remove()
+    assert needed == {"conv_in": False, "resnet": False, "attn1": False, "attn2": True, "conv_out": True}
+
+
 def test_gradients_reach_the_value_encoder_and_nothing_else(sd, dataset):
     value_encoder = trained_a_little(sd)
     train.add_gradient(sd, value_encoder, pairs_of(dataset), Schedule(sd.scheduler), settings())
@@ -2158,9 +2270,9 @@ def test_the_loss_without_effect_is_the_sum_of_the_margins(sd, dataset, monkeypa
                         features.clone().requires_grad_())
     s = settings(gamma1=1.0, gamma2=0.5)
     errors = train.add_gradient(sd, None, pairs_of(dataset), Schedule(sd.scheduler), s)
-    assert torch.equal(errors[0], errors[1]) and torch.equal(errors[2], errors[3])
+    assert_close(errors[::2], errors[1::2], 1e-6)
     line = train.summarize(0, errors, s)
-    assert line["loss"] == 1.5 and line["active_w"] == line["active_l"] == 1
+    assert line["loss"] == pytest.approx(1.5, rel=1e-3) and line["active_w"] == line["active_l"] == 1
 
 
 def test_silent_hinges_have_no_gradient(sd, dataset):
@@ -2608,6 +2720,62 @@ def test_errors(tiny, tmp_path):
         evaluate.main(["--weights", str(tiny), "--steps", "2000", "--out", str(tmp_path / "out"), "--device", "cpu"])
 
 
+# ── bench.py ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def one_process(tiny, monkeypatch):
+    """bench.py measures the random model, here, without processes of its own."""
+    monkeypatch.setattr(bench, "TINY_SD", tiny)
+    monkeypatch.setattr(bench, "apart", bench.measured)
+    monkeypatch.setattr(bench, "rate", lambda device, dtype: 1e11)
+
+
+def test_both_sides_of_the_bench_compute_the_same(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    common = tmp_path / "model", torch.device("cpu"), torch.float32, 64
+    images = [side(*common, 2, 3, whole)[1]
+              for side in (bench.drawing_ours, bench.drawing_theirs) for whole in (False, True)]
+    for theirs in images[1:]:
+        assert abs(pixels(images[0]) - pixels(theirs)).max() <= 1
+    bench.write_pairs(*common, 2, tmp_path / "pairs.pt")
+    sides = [side(*common, 2, 3, tmp_path / "pairs.pt") for side in (bench.training_ours, bench.training_theirs)]
+    assert sides[0][1] == pytest.approx(sides[1][1], abs=1e-3)
+    assert sides[0][1] != pytest.approx(2 * bench.MARGIN, abs=0.01)  # that of a token without effect
+
+
+def test_operations_are_those_of_the_full_size_unet():
+    giga = partial(bench.unet_operations, UNetConfig(), 64, 1, 77)
+    assert giga() / 1e9 == pytest.approx(803, abs=1)
+    assert giga(contexts=2) < 1.96 * giga()  # what the two share
+
+
+@pytest.mark.parametrize("part", ["sample", "train", "load"])
+def test_rows_of_the_bench(part, one_process, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "cpu_name": "A CPU"})
+    if part == "load":
+        monkeypatch.setattr(bench, "loading", lambda script, *where: (float(len(script)), 10**6))
+    bench.main([part, "--runs", "1", "--batch", "2", "--steps", "3", "--save", "--device", "cpu"])
+    (saved,), shown = (tmp_path / "assets").iterdir(), capsys.readouterr().out
+    rows = json.loads(saved.read_text())["rows"]
+    assert len(rows) == (1 if part == "train" else 2)
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"]) and row["what"] in shown
+        assert min(row["peak_ours"], row["peak_theirs"]) > 10**8 and (row["floor"] or 1) > 0
+
+
+def test_load_is_timed_from_the_start_of_python(tiny):
+    for script in (bench.LOAD_OURS, bench.LOAD_THEIRS):
+        taken, size = bench.loading(script, tiny, "cpu", torch.float32)
+        assert taken > 0.3 and size > 10**5
+
+
+def test_a_bench_of_an_odd_size_says_so(one_process):
+    with pytest.raises(UserError, match="--size 63: expected a multiple of 4"):
+        bench.main(["train", "--size", "63", "--device", "cpu"])
+
+
 # ── full size ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -2633,7 +2801,7 @@ def test_full_size(tmp_path):
     theirs = pipe("a cat", num_inference_steps=3, generator=torch.Generator().manual_seed(5)).images[0]
     del pipe
     sample.main(["--weights", str(tmp_path / "sd"), "--prompt", "a cat", "--steps", "3", "--seed", "5",
-                 "--principle", "none", "--out", str(tmp_path / "out")])
+                 "--principle", "none", "--dtype", "fp32", "--out", str(tmp_path / "out")])
     ours = Image.open(tmp_path / "out" / "0000.png")
     assert ours.size == (512, 512)
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 3

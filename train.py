@@ -98,38 +98,41 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     -> their errors err_w, ref_w, err_l, ref_l of livo.py: (4, B) float32.
 
     The two hinges share nothing but the context, so each runs forward and backward on its own, in half the
-    memory. Their gradients meet in the context and go through the value encoder once.
+    memory. Their gradients meet in the context and go through the value encoder once. The frozen model, which
+    keeps nothing, takes both pictures in one call.
     """
     device, dtype = sd.unet.conv_in.weight.device, sd.unet.conv_in.weight.dtype
     features, z_w, z_l, eps = (torch.stack([getattr(pair, name) for pair in pairs]).to(device)
                                for name in ("features", "z_w", "z_l", "eps"))  # fmt: skip
     t = torch.tensor([pair.t for pair in pairs])
     abar = schedule.alphas_cumprod[t].to(device)[:, None, None, None]  # (B, 1, 1, 1)
-    t, a, b = t.to(device), abar.sqrt(), (1 - abar).sqrt()
+    a, b = abar.sqrt(), (1 - abar).sqrt()
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
     context = make_context(sd, prompts, [principles], value_encoder, features)  # (B, 78, C)
     leaf = context.detach().requires_grad_()
 
-    def half(z, hinge):
-        z_t = (a * z + b * eps).to(dtype)  # (B, 4, h, w)
-        target = a * eps - b * z if schedule.prediction_type == "v_prediction" else eps
+    def error(z, context):
+        """ℓ of n·B latents z, n for each of the pairs -> (n·B,)."""
+        as_z = [len(z) // len(pairs), 1, 1, 1]
+        z_a, z_b, z_eps, z_t = a.repeat(as_z), b.repeat(as_z), eps.repeat(as_z), t.repeat(as_z[0]).to(device)
+        target = z_a * z_eps - z_b * z if schedule.prediction_type == "v_prediction" else z_eps
+        output = sd.unet((z_a * z + z_b * z_eps).to(dtype), z_t, context).float()
+        return (output - target).square().mean((1, 2, 3))
 
-        def error(context):
-            return (sd.unet(z_t, t, context).float() - target).square().mean((1, 2, 3))  # (B,)
-
-        with torch.no_grad():
-            ref = error(features)
-        err = error(leaf)
+    with torch.no_grad():
+        refs = error(torch.cat([z_w, z_l]), torch.cat([features, features])).chunk(2)  # (B,) each
+    hinges = (partial(aligned_hinge, beta=s.beta, gamma1=s.gamma1),
+              partial(violating_hinge, alpha=s.alpha, gamma2=s.gamma2))  # fmt: skip
+    errors = []
+    for z, ref, hinge in zip((z_w, z_l), refs, hinges):
+        err = error(z, leaf)
         loss = hinge(err, ref).sum() / s.batch
         if loss > 0:  # else all of them are silent, and so would their gradient be
             loss.backward()
-        return err.detach(), ref
-
-    errors = torch.stack([*half(z_w, partial(aligned_hinge, beta=s.beta, gamma1=s.gamma1)),
-                          *half(z_l, partial(violating_hinge, alpha=s.alpha, gamma2=s.gamma2))])  # fmt: skip
+        errors += [err.detach(), ref]
     if leaf.grad is not None:
         context.backward(leaf.grad)
-    return errors
+    return torch.stack(errors)
 
 
 def checkpoint_activations(unet):
@@ -383,7 +386,7 @@ def parse_args(argv):
     parser.add_argument("--resume", type=Path, help="folder of a run to go on with; settings given anew win")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
-    add_device_options(parser, cuda="bf16")
+    add_device_options(parser, auto="bf16 on CUDA, else fp32")
     return parser.parse_args(argv)
 
 
@@ -438,8 +441,8 @@ def main(argv=None):
     args = parse_args(argv)
     s, folder = choose_settings(args)
     device, dtype = pick_device(join_processes(args.device), s.dtype)
-    if device.type == "cuda" and s.dtype == "auto":
-        dtype = torch.bfloat16  # the smallest gradients vanish in float16
+    if s.dtype == "auto":  # the smallest gradients vanish in float16
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
     if args.checkpointing:

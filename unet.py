@@ -61,26 +61,55 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class FrozenConvolution(torch.autograd.Function):
+    """The convolution of a weight that is not trained. torch's own keeps x, which only the weight's gradient would
+    need; without, a UNet keeps a seventh less for the way back."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        weight, = ctx.saved_tensors
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, d_out, ctx.stride, ctx.padding), None, None, None, None
+
+
+class Conv2d(nn.Conv2d):
+    def forward(self, x):
+        if x.requires_grad and not self.weight.requires_grad:
+            return FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
+        return super().forward(x)
+
+
+def as_many(x, like):
+    """x (B, …) over and over until it has as many rows as `like`: (n·B, …)."""
+    n = like.shape[0] // x.shape[0]
+    return torch.cat([x] * n) if n > 1 else x
+
+
 class ResnetBlock(nn.Module):
     """Two 3×3 convolutions around the time, beside a shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    The VAE uses it too, without a time.
+    time: (B, 4C), or (1, 4C) for all. The VAE has none.
     """
 
     def __init__(self, c_in, c_out, time_channels=None, groups=32, eps=1e-5):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         if time_channels:
             self.time_emb_proj = nn.Linear(time_channels, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time=None):
         h = self.conv1(F.silu(self.norm1(x)))
         if time is not None:
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+            h = h + as_many(self.time_emb_proj(time), h)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
@@ -90,7 +119,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x):
         return self.conv(x)
@@ -101,7 +130,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size=None):
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
@@ -153,7 +182,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Image tokens (B, N, C) look at each other, at the text, and then each at itself."""
+    """Image tokens (B, N, C) look at each other, at the text, and then each at itself.
+
+    With n texts for each image, the ways of the n part where they first look at them: (n·B, N, C).
+    """
 
     def __init__(self, channels, heads, context_channels, upcast):
         super().__init__()
@@ -165,18 +197,21 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x, context):
+        keys, values = context[self.attn2]
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context[self.attn2])
+        x = as_many(x, keys)
+        x = x + self.attn2(self.norm2(x), (keys, values))
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block on the pixels of a feature map, residual: (B, C, H, W) -> (B, C, H, W)."""
+    """A transformer block on the pixels of a feature map, residual: (B, C, H, W) -> (n·B, C, H, W), n = 1 where
+    their ways have parted before."""
 
     def __init__(self, channels, heads, config):
         super().__init__()
         self.linear = config.use_linear_projection
-        projection = nn.Linear if self.linear else lambda c_in, c_out: nn.Conv2d(c_in, c_out, 1)
+        projection = nn.Linear if self.linear else lambda c_in, c_out: Conv2d(c_in, c_out, 1)
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
         self.proj_in = projection(channels, channels)
         block = TransformerBlock(channels, heads, config.cross_attention_dim, config.upcast_attention)
@@ -194,7 +229,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_out(h) if self.linear else h
         h = rearrange(h, "b (h w) c -> b c h w", h=height, w=width)
         h = h if self.linear else self.proj_out(h)
-        return x + h
+        return as_many(x, h) + h
 
 
 class Block(nn.Module):
@@ -251,7 +286,7 @@ class UpBlock(Block):
     def forward(self, x, time, context, skips):
         """Takes its share of `skips` off the end. (B, C_in, h, w) -> (B, C, 2h, 2w)."""
         for i in range(len(self.resnets)):
-            x = torch.cat([x, skips.pop()], dim=1)
+            x = torch.cat([x, as_many(skips.pop(), x)], dim=1)
             x = self.layer(i, x, time, context)
         if hasattr(self, "upsamplers"):
             x = self.upsamplers[0](x, size=skips[-1].shape[-2:])  # odd sizes were rounded up on the way down
@@ -270,7 +305,7 @@ class UNet(nn.Module):
         attends_up = [kind == "CrossAttnUpBlock2D" for kind in config.up_block_types]
 
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
         skip_channels = [channels[0]]  # of every map that the way down leaves for the way up
@@ -294,7 +329,7 @@ class UNet(nn.Module):
             previous = c
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def keys_values(self, context):
         """What every cross-attention will want of a context (B, L, D). Fixed while the context is, so that a
@@ -303,13 +338,17 @@ class UNet(nn.Module):
         return {attention: attention.keys_values(context) for attention in crosses}
 
     def forward(self, x, t, context):
-        """x (B, 4, H, W) latents · t (B,) or scalar times · context (B, L, D), or `keys_values` of it
-        -> (B, 4, H, W), the noise or v."""
+        """x (B, 4, H, W) latents · t (B,) or scalar times · context (n·B, L, D), or `keys_values` of it
+        -> (n·B, 4, H, W), the noise or v.
+
+        Row i of x goes with rows i, B + i, … of the context: what comes before the first look at the text is
+        computed once for the n of them.
+        """
         if isinstance(context, torch.Tensor):
             context = self.keys_values(context)
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        t = torch.as_tensor(t, device=x.device).reshape(-1)  # (B,), or (1,) for all
         time = timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)
-        time = self.time_embedding(time)
+        time = F.silu(self.time_embedding(time))  # (B, 4C), as every residual block wants it
 
         x = self.conv_in(x)
         skips = [x]

@@ -57,6 +57,9 @@ SCHEDULER = dict(
     timestep_spacing="leading",
 )
 PREDICTIONS = ("epsilon", "v_prediction")
+# Channels from which on a UNet in half precision is faster with the channels of a pixel side by side in memory: on a
+# CPU with AMX 1.15 times at 160, but 0.7 times at tiny-sd's 64. In float32 it makes no difference.
+WIDE = 160
 
 
 @dataclass
@@ -115,6 +118,8 @@ def load(source, *, dtype=torch.float32, vae_dtype=torch.float32, device="cpu", 
                         f"encoder, got {ids}")
     text.eos_token_id = words.eos_token_id  # config.json is not to be trusted with it
     networks = {name: build(NETWORKS[name], parts[name], dtypes[name], device) for name in NETWORKS}
+    if dtype.itemsize == 2 and unet.block_out_channels[0] >= WIDE:
+        networks["unet"].to(memory_format=torch.channels_last)
     return StableDiffusion(**networks, tokenizer=words,
                            scheduler={**scheduler, "prediction_type": prediction_type})
 
