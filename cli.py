@@ -57,7 +57,7 @@ def number(kind, low, high):
     return parse
 
 
-def add_device_options(parser, auto="fp16 on CUDA, bf16 on a CPU that multiplies it, else fp32"):
+def add_device_options(parser, auto="fp16 on CUDA, else fp32"):
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
                         help=f"of the UNet and the text encoder; auto: {auto}")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
@@ -74,8 +74,7 @@ def pick_device(name, dtype):
         first_sentence = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"--device {name}: {first_sentence}") from error
     if dtype == "auto":
-        cpu = torch.cpu.get_capabilities()  # any CPU can emulate bf16, which is slower than fp32
-        dtype = {"cuda": "fp16", "cpu": "bf16" if cpu.get("avx512_bf16") else "fp32"}.get(device.type, "fp32")
+        dtype = "fp16" if device.type == "cuda" else "fp32"
     return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 

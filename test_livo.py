@@ -743,11 +743,9 @@ def test_compiling_changes_nothing(tmp_path, monkeypatch):
         sample.main([*options, "--compile", "--out", str(tmp_path)])
 
 
-def test_auto_is_the_fastest_dtype(monkeypatch):
-    for capabilities, dtype in ({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-        assert pick_device("cpu", "auto") == (torch.device("cpu"), dtype)
-        assert pick_device("cpu", "fp32")[1] == torch.float32
+def test_auto_is_float32_on_a_cpu():
+    assert pick_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
+    assert pick_device("cpu", "bf16")[1] == torch.bfloat16
 
 
 def test_half_precision_draws_about_the_same(shipped):
@@ -2753,13 +2751,13 @@ def test_operations_are_those_of_the_full_size_unet():
 @pytest.mark.parametrize("part", ["sample", "train", "load"])
 def test_rows_of_the_bench(part, one_process, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "cpu_name": "A CPU"})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "A CPU"})
     if part == "load":
         monkeypatch.setattr(bench, "loading", lambda script, *where: (float(len(script)), 10**6))
     bench.main([part, "--runs", "1", "--batch", "2", "--steps", "3", "--save", "--device", "cpu"])
     (saved,), shown = (tmp_path / "assets").iterdir(), capsys.readouterr().out
     rows = json.loads(saved.read_text())["rows"]
-    assert len(rows) == (1 if part == "train" else 2)
+    assert len(rows) == 1
     for row in rows:
         assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"]) and row["what"] in shown
         assert min(row["peak_ours"], row["peak_theirs"]) > 10**8 and (row["floor"] or 1) > 0
