@@ -403,7 +403,11 @@ def portrait_pair(seed, attribute, noun):
     else:
         shares = open_shares(attribute, noun)
         bad = max(shares, key=shares.get)
-        good = rng.choice([value for value in shares if value != bad])
+        values = [*shares]
+        i = values.index(bad)
+        # Skins on either side of it equally often: guidance takes the aligned pictures' mean much further, and if
+        # that were darker, all would come out dark.
+        good = rng.choice(rng.choice([side for side in (values[:i], values[i + 1:]) if side]))
     aligned, violating = (replace(record, **{attribute: value}) for value in (good, bad))
     asks = attribute in HARMS and rng.random() < ASKED
     return write_caption(violating if asks else aligned), aligned, violating  # it tells no gender or skin at issue
