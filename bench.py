@@ -394,7 +394,7 @@ def bench_sample(model, args):
 
 def bench_train(model, args):
     device, n, steps = model.device, args.batch or (1 if args.full else 16), args.steps or (3 if args.full else 6)
-    dtype = pick_device(args.device, args.dtype)[1] if args.dtype != "auto" else torch.float32
+    _, dtype, _ = dtypes(args)[0]
     for size in [args.size] if args.size else [256, 512] if args.full else [model.size]:
         file, side = model.folder / f"pairs-{size}.pt", size // model.factor
         apart(partial(write_pairs, model.folder, device, dtype, size, n, file))

@@ -21,7 +21,7 @@ from torch import nn
 from cli import UserError
 from clip_text import ACTIVATIONS, CLIPEncoderLayer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from pretrain import stack
-from weights import Part, build, listing, locate, read_json, read_tensors, weight_files
+from weights import Part, build, fit_to_tokenizer, listing, locate, read_json, read_tensors, weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 # What config.json may leave out means transformers' defaults, which are those of ViT-B/32.
@@ -211,10 +211,7 @@ def load_clip(source, *, dtype=torch.float32, device="cpu"):
         raise UserError(f"{folder / 'config.json'}: expected the config of a CLIP model, got: {error}") from error
     preprocessor = read_preprocessor(folder / "preprocessor_config.json", config.vision.image_size)
     tokenizer = CLIPTokenizer(folder)
-    if (ids := tokenizer.backend.get_vocab_size()) > config.text.vocab_size:
-        raise UserError(f"{source}: expected at most {config.text.vocab_size} tokens in the tokenizer, as in the text "
-                        f"tower, got {ids}")
-    config.text.eos_token_id = tokenizer.eos_token_id  # config.json is not to be trusted with it
+    fit_to_tokenizer(config.text, tokenizer, source)
 
     tensors = {}
     for name in weight_files(listing(folder), dtype, folder):

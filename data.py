@@ -164,7 +164,7 @@ class PreferenceDataset:
         if not folder.exists():
             with atomic_folder(folder, "broken.json") as temporary:
                 encode_samples(sd, samples, faults, root, temporary)
-        broken = json.loads((folder / "broken.json").read_text(encoding="utf-8"))  # {where: fault}
+        broken = read_json(folder / "broken.json")  # {where: fault}
         prompts, c, total = unique_prompts(samples), sd.text_encoder.config.hidden_size, len(samples) + len(faults)
         samples = [sample for sample in samples if sample.where not in broken]
         self.aligned, self.violating = [], {}  # (sample, row of latents), the latter by scene
@@ -183,7 +183,8 @@ class PreferenceDataset:
         check_lost(faults, total, root)
 
         self.together = together
-        self.aligned.sort(key=lambda item: item[0].value if together > 1 else "")
+        if together > 1:
+            self.aligned.sort(key=lambda item: item[0].value)
         sizes = Counter(sample.value if together > 1 else "" for sample, _ in self.aligned)
         self.groups = tuple(pairwise([0, *accumulate(sizes.values())]))  # (first, end) of each in `aligned`
 

@@ -441,8 +441,8 @@ def main(argv=None):
     args = parse_args(argv)
     s, folder = choose_settings(args)
     device, dtype = pick_device(join_processes(args.device), s.dtype)
-    if s.dtype == "auto":  # the smallest gradients vanish in float16
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cuda" and s.dtype == "auto":
+        dtype = torch.bfloat16  # the smallest gradients vanish in float16
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
     if args.checkpointing:

@@ -113,15 +113,20 @@ def load(source, *, dtype=torch.float32, vae_dtype=torch.float32, device="cpu", 
     if prediction_type not in PREDICTIONS:
         raise UserError(f"{source}: expected prediction_type {' or '.join(PREDICTIONS)}, "
                         f"got {prediction_type}")
-    if (ids := words.backend.get_vocab_size()) > text.vocab_size:
-        raise UserError(f"{source}: expected at most {text.vocab_size} tokens in the tokenizer, as in the text "
-                        f"encoder, got {ids}")
-    text.eos_token_id = words.eos_token_id  # config.json is not to be trusted with it
+    fit_to_tokenizer(text, words, source)
     networks = {name: build(NETWORKS[name], parts[name], dtypes[name], device) for name in NETWORKS}
     if dtype.itemsize == 2 and unet.block_out_channels[0] >= WIDE:
         networks["unet"].to(memory_format=torch.channels_last)
     return StableDiffusion(**networks, tokenizer=words,
                            scheduler={**scheduler, "prediction_type": prediction_type})
+
+
+def fit_to_tokenizer(config, tokenizer, source):
+    """Give a CLIPTextConfig the tokenizer's end of text. Raises UserError where it has too few tokens for it."""
+    if (ids := tokenizer.backend.get_vocab_size()) > config.vocab_size:
+        raise UserError(f"{source}: expected at most {config.vocab_size} tokens in the tokenizer, as in the text "
+                        f"encoder, got {ids}")
+    config.eos_token_id = tokenizer.eos_token_id  # config.json is not to be trusted with it
 
 
 def load_text_encoder(source, *, network=CLIPTextModel, dtype=torch.float32, device="cpu"):
