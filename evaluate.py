@@ -5,14 +5,16 @@
     python evaluate.py --weights SD --value-encoder LIVO --clip openai/clip-vit-large-patch14 --prompts career.jsonl
 
 The pictures are read by the judge of the portrait world, or by CLIP (judge.py). Every column of the table holds one
-source of pictures: "drawn", the world itself, then the frozen model, and LiVO where there is a value encoder. An
-interrupted run goes on where it was.
+source of pictures: "drawn", the world itself, then the frozen model, LiVO where there is a value encoder, and the
+baselines that need no training. An interrupted run goes on where it was. What assets/baselines.json tells of trained
+baselines (baselines.py) is a second table.
 
 With CLIP every file of prompts is a group of rows, and its name says what is measured, as the authors' names do:
 toxicity in nudity.jsonl, bloody.jsonl and zombie.jsonl, bias in any other.
 """
 
 import inspect
+import itertools
 import json
 import random
 from contextlib import suppress
@@ -32,18 +34,21 @@ import sample
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
 from clip_image import load_clip
+from data import PRINCIPLES, open_shares
 from judge import ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipJudge, accuracy, decide, digest, load_judge, uniform_record
 from livo import make_context, make_uncond
 from pretrain import HELD_OUT, draw_pictures, psnr, stack, to_float
 from retrieve import retrieve
-from sample import Schedule, choose_principles, draw, generate, grid, latent_size, load_value_encoder
+from sample import Schedule, choose_principles, draw, generate, grid, latent_size, load_value_encoder, spread
 
-PER_PROMPT = 50  # pictures, as in the paper
+PER_PROMPT, PER_PROMPT_JUDGED = 50, 15  # pictures, as in the paper; of tiny-sd, whose table is to take half an hour
 GROUP = 5  # pictures; Max and Prob look at groups
 FIRST_SEED = 0  # of the generated pictures, which count on from prompt to prompt
 DRAWN_SEEDS, REFERENCE_SEEDS = HELD_OUT, 2 * HELD_OUT  # of two drawn sets
 RESAMPLES, CONFIDENCE = 1000, 95  # of the bootstrap; percent
 CHECK_PICTURES = 2000  # unseen ones, to check the judge
+DISTANCE = "distance to the frozen model's"  # mean absolute difference of pixels, 0 … 255, not a percentage
+TRAINED = Path(__file__).parent / "assets" / "baselines.json"  # written by baselines.py --collect
 
 # ----------------------------------------------------------- metrics, in percent, of P prompts with n pictures
 
@@ -208,12 +213,70 @@ def drawn(prompt, seeds):
 def generated(sd, value_encoder, settings, prompt, seeds):
     """As sample.py does by default; with a value encoder the prompt's principles apply."""
     principles = prompt.principles if value_encoder is not None else []
-    return [image for _, image, _ in draw(sd, prompt.text, "", principles, value_encoder, seeds, **settings)]
+    return by_seed(draw(sd, prompt.text, "", principles, value_encoder, seeds, **settings))
 
 
-def read_pictures(judge, prompts, n, cache, name, pictures, first_seed, made_by=""):
+def by_seed(rows):
+    """What `sample.draw` yields -> the images, in the order of their seeds."""
+    return [image for _, image, _ in sorted(rows, key=lambda row: row[0])]
+
+
+def principle_in_prompt(sd, settings, prompt, seeds):
+    """A baseline: the frozen model reads the principles as a part of the prompt."""
+    text = ", ".join([prompt.text, *prompt.principles])
+    return by_seed(draw(sd, text, "", [], None, seeds, **settings))
+
+
+def negative_prompt(sd, settings, prompt, seeds, phrases=2):
+    """A baseline: the frozen model, steered away from what violates the principles, harms and what the world brings
+    most often; from the latter in half of the pictures, as with LiVO.
+
+    phrases: how many to name it with, beside the adjective.
+    """
+    images = [None] * len(seeds)
+    gets = spread(len(seeds), 0.5)
+    for biased in (False, True):
+        words = []
+        for attribute in (PRINCIPLES[principle] for principle in prompt.principles):
+            if attribute in portraits.HARMS:
+                words.append(attribute)
+            elif biased:
+                shares = open_shares(attribute, prompt.profession)
+                words.append(max(shares, key=shares.get))
+        wordings = [(adjective, *more[:phrases]) for adjective, more in map(portraits.WORDINGS.get, words)]
+        negative = ", ".join(itertools.chain(*wordings))
+        rows = [row for row, is_biased in enumerate(gets) if is_biased == biased]
+        drawn_rows = draw(sd, prompt.text, negative, [], None, [seeds[row] for row in rows], **settings)
+        for row, image in zip(rows, by_seed(drawn_rows)):
+            images[row] = image
+    return images
+
+
+UNTRAINED = {"principle in the prompt": principle_in_prompt, "negative prompt": negative_prompt}
+
+
+def kept(pictures, folder, made_by):
+    """`pictures(prompt, seeds)`, each drawn but once: what came out lies in the folder."""
+
+    def look(prompt, seeds):
+        file = folder / f"{digest([made_by, str(prompt), str(seeds)])}.npy"
+        if not file.exists():
+            with atomic(file) as path:
+                np.save(path, np.stack(pictures(prompt, seeds)))
+        return [Image.fromarray(pixels) for pixels in np.load(file)]  # (n, H, W, 3)
+
+    return look
+
+
+def pixel_distance(images, others):
+    """Mean absolute difference of n pictures from n others of the same noise: (n,), of 0 … 255."""
+    return np.abs(np.stack(images).astype(np.float32) - np.stack(others)).mean((1, 2, 3))
+
+
+def read_pictures(judge, prompts, n, cache, name, pictures, first_seed, made_by="", frozen=None):
     """What the judge reads in n `pictures(prompt, seeds)` per prompt: {attribute: (P, n)}, "features" (P, n, D).
 
+    frozen: the frozen model's pictures, to tell the "distance" (P, n) to them too.
     Each finished prompt is a line of the file `cache`, found again if all that made the pictures is the same.
     """
     key, done = digest([judge.name, str(prompts), str(n), str(first_seed), made_by]), {}
@@ -227,8 +290,11 @@ def read_pictures(judge, prompts, n, cache, name, pictures, first_seed, made_by=
         for i, prompt in enumerate(tqdm(prompts, name, disable=None)):
             if prompt.text not in done:
                 seeds = range(first_seed + i * n, first_seed + (i + 1) * n)
-                readings = judge.read(pictures(prompt, seeds))
-                done[prompt.text] = {name: values.numpy().round(4).tolist() for name, values in readings.items()}
+                images = pictures(prompt, seeds)
+                readings = {name: values.numpy() for name, values in judge.read(images).items()}
+                if frozen:
+                    readings["distance"] = pixel_distance(images, frozen(prompt, seeds))
+                done[prompt.text] = {name: values.round(4).tolist() for name, values in readings.items()}
                 row = {"key": key, "prompt": prompt.text, "readings": done[prompt.text]}
                 file.write("\n" + json.dumps(row))  # the newline first: it ends a line that was cut short
                 file.flush()
@@ -262,6 +328,8 @@ def measure(prompts, readings):
         for metric, of in TOXICITY.items():
             table[f"{harm} asked: {metric}"] = of, readings[harm][told[harm]]
         table[f"{harm} not asked: R"] = TOXICITY["R"], readings[harm][~told[harm]]
+    if "distance" in readings:
+        table[DISTANCE] = np.mean, readings["distance"]
     return {name: bootstrap(metric, values) for name, (metric, values) in table.items() if len(values)}
 
 
@@ -288,7 +356,7 @@ def by_judge(judge, read, generators, vae):
     reference = read(prompts, "drawn again", drawn, REFERENCE_SEEDS)
     readings = {"drawn": read(prompts, "drawn", drawn, DRAWN_SEEDS)}
     for name, (pictures, made_by) in generators.items():
-        readings[name] = read(prompts, name, pictures, FIRST_SEED, made_by)
+        readings[name] = read(prompts, name, pictures, FIRST_SEED, made_by, generators["frozen"][0])
     sources = {name: measure(prompts, source) for name, source in readings.items()}
     for name, source in readings.items():
         distance = frechet_distance(*(np.concatenate(r["features"]) for r in (source, reference)))
@@ -336,15 +404,26 @@ def show(results):
         print(f"{instrument}:", ", ".join(f"{name} {value:.1f}" for name, value in checks.items()))
     sources = results["sources"]
     print(f"\n{f'percent [{CONFIDENCE} % interval]':32}" + "".join(f"{name:>24}" for name in sources))
-    for metric in next(iter(sources.values())):
+    for metric in dict.fromkeys(metric for source in sources.values() for metric in source):
         print(f"{metric:32}", end="")
-        for x in (source[metric] for source in sources.values()):
-            interval = f" [{x['low']:5.1f}, {x['high']:5.1f}]" if "low" in x else " " * 15
-            print(f"{x['value']:9.1f}{interval}", end="")
+        for source in sources.values():
+            if x := source.get(metric):
+                interval = f" [{x['low']:5.1f}, {x['high']:5.1f}]" if "low" in x else " " * 15
+                print(f"{x['value']:9.1f}{interval}", end="")
+            else:
+                print(f"{'–':>9}{'':15}", end="")
         print()
 
 
 COLOURS = ("#9aa5b1", "#d1603d", "#2a7f62", "#e0a526", "#5b6ee1", "#8d5a97", "#3c3c3c")  # one per source
+
+
+def legend(pen, names, x, font):
+    """A square of each name's colour, and the name, in the uppermost 20 pixels from x on."""
+    for name, colour in zip(names, COLOURS):
+        pen.rectangle((x, 10, x + 10, 20), colour)
+        pen.text((x + 15, 8), name, "black", font)
+        x += 30 + font.getlength(name)
 
 
 def bar_chart(sources):
@@ -354,11 +433,7 @@ def bar_chart(sources):
     step = thick * len(sources) + 8
     chart = Image.new("RGB", (left + 100 * scale + 50, step * len(metrics) + 40), "white")
     pen = ImageDraw.Draw(chart)
-    x = left
-    for name, colour in zip(sources, COLOURS):
-        pen.rectangle((x, 10, x + 10, 20), colour)
-        pen.text((x + 15, 8), name, "black", font)
-        x += 30 + font.getlength(name)
+    legend(pen, sources, 10, font)
     for row, metric in enumerate(metrics):
         top = 32 + row * step
         pen.text((left - 8, top + step / 2 - 4), metric, "black", font, anchor="rm")
@@ -406,17 +481,18 @@ def parse_args(argv=None):
                         "a line, maybe with a value (default: a short built-in list)")
     parser.add_argument("--principle", action="append", help="with --clip: LiVO's principle for every prompt, as in "
                         "sample.py (default: the line's value, or else auto)")
-    parser.add_argument("--per-prompt", type=number(int, GROUP, 10_000), default=PER_PROMPT,
-                        help=f"pictures of each prompt, a multiple of {GROUP}")
-    parser.add_argument("--steps", type=number(int, 1, 10_000), default=50, help="UNet evaluations per picture")
+    parser.add_argument("--per-prompt", type=number(int, GROUP, 10_000), help=f"pictures of each prompt, a multiple of "
+                        f"{GROUP} (default: {PER_PROMPT_JUDGED}, with --clip {PER_PROMPT})")
+    parser.add_argument("--steps", type=number(int, 1, 10_000), default=25, help="UNet evaluations per picture")
     parser.add_argument("--guidance", type=number(float, 0, 1000), default=7.5, help="off up to 1")
-    parser.add_argument("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M)")
+    parser.add_argument("--sampler", choices=["ddim", "dpm"], default="dpm", help="dpm: DPM-Solver++(2M)")
     parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=25, help="pictures at a time")
     add_device_options(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="folder to write to")
     parser.add_argument("--side-by-side", type=Path, metavar="PNG",
                         help="only draw the world beside the model's pictures")
     args = parser.parse_args(argv)
+    args.per_prompt = args.per_prompt or (PER_PROMPT if args.clip else PER_PROMPT_JUDGED)
     if args.per_prompt % GROUP:
         raise UserError(f"--per-prompt: expected a multiple of {GROUP}, got {args.per_prompt}")
     if args.clip and args.side_by_side:
@@ -449,9 +525,15 @@ def main(argv=None):
     encoders = {"frozen": None}
     if (value_encoder := load_value_encoder(args.value_encoder, args.weights, sd)) is not None:
         encoders["LiVO"] = value_encoder
-    generators = {name: (partial(generated, sd, encoder, settings | {"batch_size": args.batch_size}),
+    drawing = settings | {"batch_size": args.batch_size}
+    generators = {name: (partial(generated, sd, encoder, drawing),
                          f"{fingerprint(sd, encoder)} {settings} {dtype} {code}")
                   for name, encoder in encoders.items()}
+    if not args.clip:
+        frozen, made_by = generators["frozen"]
+        generators["frozen"] = kept(frozen, args.out / "frozen", made_by), made_by
+        for name, pictures in UNTRAINED.items():
+            generators[name] = partial(pictures, sd, drawing), f"{made_by} {inspect.getsource(pictures)}"
 
     judge = ClipJudge(load_clip(args.clip, device=device)) if args.clip else load_judge()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -470,6 +552,10 @@ def main(argv=None):
     with atomic(args.out / "chart.png") as path:
         bar_chart(results["sources"]).save(path, optimize=True)
     show(results)
+    if not args.clip and TRAINED.exists():
+        import baselines  # which uses this file
+
+        baselines.show(weights.read_json(TRAINED))
     print(f"\nresults.json and chart.png in {args.out}")
 
 

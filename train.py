@@ -92,6 +92,24 @@ SAMPLING = {"steps": 25, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
 # ------------------------------------------------------------------------------------------------- one step
 
 
+def stack_pairs(pairs, device):
+    """-> features (B, 77, C), z_w, z_l and eps (B, 4, h, w) on the device, t (B,) on the CPU."""
+    tensors = [torch.stack([getattr(pair, name) for pair in pairs]).to(device)
+               for name in ("features", "z_w", "z_l", "eps")]  # fmt: skip
+    return *tensors, torch.tensor([pair.t for pair in pairs])
+
+
+def noise_error(unet, schedule, eps, t, z, context):
+    """ℓ of n·B latents z with as many contexts, n for each of B pairs with noise eps and time t -> (n·B,) float32."""
+    n, dtype = len(z) // len(t), unet.conv_in.weight.dtype
+    eps, t = eps.repeat(n, 1, 1, 1), t.repeat(n)
+    abar = schedule.alphas_cumprod[t].to(z.device)[:, None, None, None]  # (n·B, 1, 1, 1)
+    a, b = abar.sqrt(), (1 - abar).sqrt()
+    target = a * eps - b * z if schedule.prediction_type == "v_prediction" else eps
+    output = unet((a * z + b * eps).to(dtype), t.to(z.device), context).float()
+    return (output - target).square().mean((1, 2, 3))
+
+
 def add_gradient(sd, value_encoder, pairs, schedule, s):
     """Add to the value encoder's .grad the share that B of a step's `s.batch` pairs have in the gradient.
 
@@ -101,23 +119,11 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     memory. Their gradients meet in the context and go through the value encoder once. The frozen model, which
     keeps nothing, takes both pictures in one call.
     """
-    device, dtype = sd.unet.conv_in.weight.device, sd.unet.conv_in.weight.dtype
-    features, z_w, z_l, eps = (torch.stack([getattr(pair, name) for pair in pairs]).to(device)
-                               for name in ("features", "z_w", "z_l", "eps"))  # fmt: skip
-    t = torch.tensor([pair.t for pair in pairs])
-    abar = schedule.alphas_cumprod[t].to(device)[:, None, None, None]  # (B, 1, 1, 1)
-    a, b = abar.sqrt(), (1 - abar).sqrt()
+    features, z_w, z_l, eps, t = stack_pairs(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
     context = make_context(sd, prompts, [principles], value_encoder, features)  # (B, 78, C)
     leaf = context.detach().requires_grad_()
-
-    def error(z, context):
-        """ℓ of n·B latents z, n for each of the pairs -> (n·B,)."""
-        as_z = [len(z) // len(pairs), 1, 1, 1]
-        z_a, z_b, z_eps, z_t = a.repeat(as_z), b.repeat(as_z), eps.repeat(as_z), t.repeat(as_z[0]).to(device)
-        target = z_a * z_eps - z_b * z if schedule.prediction_type == "v_prediction" else z_eps
-        output = sd.unet((z_a * z + z_b * z_eps).to(dtype), z_t, context).float()
-        return (output - target).square().mean((1, 2, 3))
+    error = partial(noise_error, sd.unet, schedule, eps, t)
 
     with torch.no_grad():
         refs = error(torch.cat([z_w, z_l]), torch.cat([features, features])).chunk(2)  # (B,) each
@@ -171,6 +177,41 @@ def warn_if_silent(lines, s):
 # ------------------------------------------------------------------------------------------------ the loop
 
 
+def make_optimizer(network):
+    """AdamW; a value encoder's last LayerNorm, which gives the token its length, is a group with a rate of its own."""
+    last = set(network.text_model.final_layer_norm.parameters()) if isinstance(network, ValueEncoder) else set()
+    groups = [{"params": [p for p in network.parameters() if (p in last) == is_last]} for is_last in (False, True)]
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+
+
+def take_step(step, network, optimizer, add, dataset, times, s):
+    """One step of the optimizer, shared by all processes -> the errors (4, batch) of its pairs.
+
+    add(pairs): adds their share to the network's .grad and returns their errors, as `add_gradient` does.
+    """
+    parameters = list(network.parameters())
+    for group, factor in zip(optimizer.param_groups, (1, s.token_lr)):
+        group["lr"] = factor * learning_rate(step, s)
+    optimizer.zero_grad(set_to_none=False)
+    errors = torch.zeros(4, s.batch, device=parameters[0].device)
+    for start_row in range(RANK, s.batch, WORLD * s.micro_batch):
+        rows = range(start_row, s.batch, WORLD)[:s.micro_batch]
+        pairs = [dataset.pair(step * s.batch + row, s.seed, times) for row in rows]
+        errors[:, list(rows)] = add(pairs)
+    sum_over_processes(errors, *(parameter.grad for parameter in parameters))
+
+    if broken := (~errors.isfinite().all(0)).nonzero().flatten().tolist():
+        where = dataset.pair(step * s.batch + broken[0], s.seed, times).where
+        got = errors[:, broken[0]].tolist()
+        raise UserError(f"step {step}: expected finite errors, got {got} at {where}")
+    if not torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).isfinite():
+        raise UserError(f"step {step}: the errors are finite, but their gradient is not")
+    optimizer.step()
+    return errors
+
+
 def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     """Train from the folder's checkpoint, or from the frozen text encoder, to step `s.steps` -> ValueEncoder.
 
@@ -180,34 +221,13 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     schedule = Schedule(sd.scheduler)
     times = range(s.t_low, len(schedule.alphas_cumprod))
     value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
-    parameters = list(value_encoder.parameters())
-    last = set(value_encoder.text_model.final_layer_norm.parameters())
-    groups = [{"params": [p for p in parameters if (p in last) == is_last]} for is_last in (False, True)]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    optimizer = make_optimizer(value_encoder)
     start = resume(folder, value_encoder, optimizer)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    add = partial(add_gradient, sd, value_encoder, schedule=schedule, s=s)
     log = Log(folder, start, tensorboard) if RANK == 0 else None
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
-        for group, factor in zip(optimizer.param_groups, (1, s.token_lr)):
-            group["lr"] = factor * learning_rate(step, s)
-        optimizer.zero_grad(set_to_none=False)
-        errors = torch.zeros(4, s.batch, device=parameters[0].device)
-        for start_row in range(RANK, s.batch, WORLD * s.micro_batch):
-            rows = range(start_row, s.batch, WORLD)[:s.micro_batch]
-            pairs = [dataset.pair(step * s.batch + row, s.seed, times) for row in rows]
-            errors[:, list(rows)] = add_gradient(sd, value_encoder, pairs, schedule, s)
-        sum_over_processes(errors, *(parameter.grad for parameter in parameters))
-
-        if broken := (~errors.isfinite().all(0)).nonzero().flatten().tolist():
-            where = dataset.pair(step * s.batch + broken[0], s.seed, times).where
-            got = errors[:, broken[0]].tolist()
-            raise UserError(f"step {step}: expected finite errors, got {got} at {where}")
-        if not torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).isfinite():
-            raise UserError(f"step {step}: the errors are finite, but their gradient is not")
-        optimizer.step()
-
+        errors = take_step(step, value_encoder, optimizer, add, dataset, times, s)
         line, done = summarize(step, errors, s), step + 1
         bar.set_postfix({key: f"{value:.3g}" for key, value in line.items() if key != "step"})
         stop = torch.tensor(float(sum(signals)), device=errors.device)
@@ -329,18 +349,23 @@ METRICS = {"gender": ("D1", lambda answers: d1(count(answers, len(portraits.GEND
            "skin": ("D2", lambda answers: d2(count(answers, len(portraits.SKINS))))}  # fmt: skip
 
 
+def prompts_about(attribute, professions):
+    """Prompts that show what a principle does: they ask for its harm, or leave its attribute open."""
+    adjective = attribute + " " if attribute in portraits.HARMS else ""
+    return [f"a portrait of a {adjective}{profession}" for profession in professions]
+
+
 def print_before_and_after(sd, value_encoder, professions=("doctor", "nurse", "firefighter"), n=16):
     """What the judge reads from n pictures of each profession without and with a principle, as a table."""
     judge = load_judge()
     print(f"{'percent':40}{'without':>10}{'with it':>10}")
     for principle, attribute in data.PRINCIPLES.items():
         name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
-        adjective = attribute + " " if attribute in portraits.HARMS else ""
         values = []
         for principles in ([], [principle]):
             readings = []
-            for i, profession in enumerate(professions):
-                prompt, seeds = f"a portrait of a {adjective}{profession}", range(i * n, i * n + n)
+            for i, prompt in enumerate(prompts_about(attribute, professions)):
+                seeds = range(i * n, i * n + n)
                 images = draw(sd, prompt, "", principles, value_encoder, seeds, **SAMPLING)
                 readings.append(judge.read([image for _, image, _ in images])[attribute])
             values.append(metric(torch.stack(readings).numpy()))  # of (professions, n)
