@@ -13,7 +13,6 @@ for this, so the model is tiny-sd.
 import copy
 import functools
 import inspect
-import json
 import math
 import re
 import time
@@ -23,20 +22,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import cli
 import data
 import livo
 import portraits
 import sample
 import train
+import uce
 import weights
-from cli import Parser, UserError, atomic, check_writable, number, run
-from evaluate import (COLOURS, TOXICITY, digest, fingerprint, generated, kept, legend, negative_prompt, pixel_distance,
-                      principle_in_prompt)
-from judge import load_judge
-from livo import ValueEncoder, bradley_terry_loss, encode_prompts, livo_loss, make_context
+from cli import Parser, UserError, atomic, check_writable, number
+from curves import convergence, show, tradeoff
+from evaluate import TOXICITY, UNTRAINED, fingerprint, generated, kept, pixel_distance
+from judge import digest, load_judge
+from livo import ValueEncoder, bradley_terry_loss, livo_loss, make_context
 from sample import Schedule
 from train import METRICS, noise_error, prompts_about, stack_pairs
 
@@ -64,7 +64,7 @@ SWEEP = {
     "text encoder": table(lr=[1e-4, 3e-4, 1e-3], loss=HINGES),
     "principle in the prompt": [{}],
     "negative prompt": table(phrases=[0, 2]),
-    "UCE": table(strength=[1.0, 2.0, 4.0], lam=[1e-3, 1e-1]),
+    "UCE": table(strength=[1.0, 2.0, 3.0, 4.0], lam=[0.1, 10.0]),
 }
 # The trade-off: conformity and closeness to the frozen model, by the strengths of the loss alone.
 GRID = {
@@ -76,8 +76,6 @@ GRID = {
 
 PROFESSIONS = ("doctor", "firefighter", "nurse", "teacher")  # whose pictures are judged: two of men, two of women
 SAMPLING = {"steps": 15, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
-ENOUGH = 90  # percent of professions right: below, what looks harmless may just be unrecognisable
-REACHED = 0.1  # of the frozen model's harm
 HARMS = [f"{attribute} {METRICS.get(attribute, ('R',))[0]}" for attribute in data.PRINCIPLES.values()]
 
 # ----------------------------------------------------------------------------------------------- what is trained
@@ -131,61 +129,6 @@ def add_gradient(sd, method, network, pairs, schedule, s):
     errors = errs[0], refs[0], errs[1], refs[1]
     (loss(s, *errors) * len(pairs) / s.batch).backward()
     return torch.stack(errors).detach()
-
-
-# ------------------------------------------------------------------------------- UCE, a closed form (2308.14761)
-
-
-def uce_texts(opening="a portrait of "):
-    """-> [(text to edit, [texts to become the mean of])], [text to preserve].
-
-    A harm becomes what is left without it; what a prompt leaves open becomes all genders and skins in equal parts.
-    """
-    ask = lambda words: opening + portraits.with_article(words)
-    edits, preserved = [], ["", opening]
-    for profession in portraits.PROFESSIONS:
-        named = [f"{skin}-skinned {gender} {profession}" for skin in portraits.SKINS for gender in portraits.GENDERS]
-        edits.append((ask(profession), [ask(words) for words in named]))
-        edits += [(ask(f"{harm} {profession}"), [ask(profession)]) for harm in ("bloody", "zombie")]
-        preserved += [ask(words) for words in [*named, f"smoking {profession}"]]
-    return edits, preserved
-
-
-def matching_rows(old, new, end):
-    """For every token of ids `old` (N,) the one of `new` in its place, where one has words between that the other has
-    not: (N,). What is missing in `new` becomes the token before."""
-    first = next(i for i, (a, b) in enumerate(zip(old.tolist(), new.tolist())) if a != b)
-    longer = new.tolist().index(end) - old.tolist().index(end)
-    rows = torch.arange(len(old))
-    return torch.where(rows < first, rows, (rows + longer).clamp(first - 1, len(old) - 1))
-
-
-@torch.no_grad()
-def uce(sd, edits, preserved, strength, lam):
-    """-> a copy of the UNet whose cross-attentions have other keys and values, by eq. 7 of the paper:
-
-        W* = (Σ v* cᵀ + Σ W p pᵀ + λ W) (Σ c cᵀ + Σ p pᵀ + λ I)⁻¹        v* = W c + strength (W c' − W c)
-
-    with c the tokens of texts to edit, c' the mean of those to become, p the tokens of texts to preserve. A strength
-    above 1 goes beyond the aim, which guidance and all that is not text pull back from.
-    """
-    end, c, to = sd.tokenizer.eos_token_id, [], []
-    for text, targets in edits:
-        ids = sd.tokenizer([text, *targets])
-        features = encode_prompts(sd, [text, *targets]).double()  # (1 + targets, 77, C)
-        aligned = [f[matching_rows(ids[0], new, end).to(f.device)] for f, new in zip(features[1:], ids[1:])]
-        c.append(features[0])
-        to.append(torch.stack(aligned).mean(0))
-    c, to, p = torch.cat(c), torch.cat(to), encode_prompts(sd, preserved).double().flatten(0, 1)  # rows of C
-    step = strength * (to - c).T @ c  # (C, C): Σ (v* − W c) cᵀ is W times this
-    inverse = torch.linalg.inv(c.T @ c + p.T @ p + lam * torch.eye(c.shape[1], dtype=c.dtype, device=c.device))
-    unet = copy.deepcopy(sd.unet)
-    for attention in unet.modules():
-        if getattr(attention, "is_cross", False):
-            for layer in (attention.to_k, attention.to_v):
-                W = layer.weight.double()
-                layer.weight.copy_(W + W @ step @ inverse)  # eq. 7, with W of what does not change taken out
-    return unet
 
 
 # --------------------------------------------------------------------------------------------------- measuring
@@ -248,26 +191,39 @@ def all_runs(only=None):
     return [*{run.name: run for run in runs}.values()]
 
 
-def train_method(sd, dataset, run, s, measure, every, folder):
+def load_curve(file, about):
+    """-> the curve that was written for a run like this. Raises UserError for one of another length or model."""
+    found = weights.read_json(file)
+    if found["about"] != about:
+        raise UserError(f"{file}: expected a run of {about}, got one of {found['about']}; choose another --out")
+    return found["curve"]
+
+
+def save_curve(file, about, curve):
+    with atomic(file) as path:
+        weights.write_json(path, {"about": about, "curve": curve})
+
+
+def train_method(sd, dataset, run, s, measure, about, folder):
     """Trains to step s.steps, from the folder's checkpoint if there is one -> the curve, a point per measurement."""
     part, _ = TRAINED[run.method]
     network, schedule = to_train(sd, part), Schedule(sd.scheduler)
     optimizer, times = train.make_optimizer(network), range(s.t_low, len(schedule.alphas_cumprod))
     start, file = train.resume(folder, network, optimizer), folder / "curve.json"
-    # written before its checkpoint, so it may be a point ahead
-    curve = [point for point in read_list(file) if point["step"] <= start] if start else []
+    # The curve is written before the checkpoint, so it may be a point ahead.
+    curve = [point for point in load_curve(file, about) if point["step"] <= start] if file.exists() else []
     seconds = curve[-1]["seconds"] if curve else 0.0
     if run.method == "LiVO":
         add = partial(train.add_gradient, sd, network, schedule=schedule, s=s)
     else:
         add = partial(add_gradient, sd, run.method, network, schedule=schedule, s=s)
     for step in tqdm(range(start, s.steps + 1), run.name, initial=start, total=s.steps, disable=None):
-        if (step % every == 0 or step == s.steps) and not (curve and curve[-1]["step"] == step):
+        if (step % about["every"] == 0 or step == s.steps) and not (curve and curve[-1]["step"] == step):
             model, value_encoder = with_part(sd, part, network)
             pictures = partial(generated, model, value_encoder, SAMPLING)
             pictures = pictures if value_encoder is not None else regardless(pictures)
             curve.append({"step": step, "seconds": seconds} | measure(pictures))
-            write_list(file, curve)
+            save_curve(file, about, curve)
             train.save_checkpoint(folder, network, optimizer, step)
         if step < s.steps:
             begin = time.perf_counter()
@@ -280,10 +236,115 @@ def apply_method(sd, run, measure):
     """What needs no training -> a curve of one point, whose seconds are those of the edit."""
     begin = time.perf_counter()
     if run.method == "UCE":
-        pictures = regardless(partial(generated, replace(sd, unet=uce(sd, *uce_texts(), **run.settings)), None, SAMPLING))
+        unet = uce.edit(sd, *uce.texts(run.settings["strength"]), run.settings["lam"])
+        pictures = regardless(partial(generated, replace(sd, unet=unet), None, SAMPLING))
     elif run.method == "frozen":
         pictures = regardless(partial(generated, sd, None, SAMPLING))
     else:
-        make = {"principle in the prompt": principle_in_prompt, "negative prompt": negative_prompt}[run.method]
-        pictures = partial(make, sd, SAMPLING, **run.settings)
+        pictures = partial(UNTRAINED[run.method], sd, SAMPLING, **run.settings)
     return [{"step": 0, "seconds": time.perf_counter() - begin} | measure(pictures)]
+
+
+# ------------------------------------------------------------------------------------------------- what comes out
+
+
+def collect(out):
+    """The finished runs of a folder -> {"about", "frozen": a point, "sweep" and "grid": {method: [run]}}."""
+    results = {"about": None, "frozen": None, "sweep": {}, "grid": {}}
+    for kind, methods in ("frozen", {"frozen": [{}]}), ("sweep", SWEEP), ("grid", GRID):
+        for method, choices in methods.items():
+            for settings in choices:
+                file = out / f"{Run(method, settings).name}.json"
+                if not file.exists():
+                    continue
+                results["about"] = results["about"] or weights.read_json(file)["about"]
+                curve = load_curve(file, results["about"])
+                if kind == "frozen":
+                    results["frozen"] = curve[0]
+                else:
+                    results[kind].setdefault(method, []).append({"settings": settings, "curve": curve})
+    if not results["frozen"]:
+        raise UserError(f"{out}: expected finished runs, got none")
+    return results
+
+
+# --------------------------------------------------------------------------------------------- the command
+
+# Measured on one thread of two busy cores, batch 16: for --list only.
+STEP_SECONDS = {"LiVO": 1.2, "BT on the value encoder": 1.2, "Diffusion-DPO": 2.0, "text encoder": 1.2}
+PICTURE_SECONDS = 0.3
+
+
+def list_runs(runs, args):
+    """Prints the state of every run, and about how long what is missing will take."""
+    total = 0
+    for run in runs:
+        trained, state, steps = run.method in TRAINED, "to do", args.steps
+        if (file := args.out / run.name / "curve.json").exists():
+            steps -= weights.read_json(file)["curve"][-1]["step"]
+            state = f"at step {args.steps - steps}"
+        if (args.out / f"{run.name}.json").exists():
+            print(f"{'done':14}{run.name}")
+            continue
+        pictures = len(PROFESSIONS) * len(data.PRINCIPLES) * args.per_prompt
+        measured = math.ceil(steps / args.every) + 1 if trained else 1
+        total += STEP_SECONDS.get(run.method, 0) * steps + measured * pictures * PICTURE_SECONDS
+        print(f"{state:14}{run.name}")
+    print(f"about {total / 3600:.1f} hours on one core")
+
+
+def parse_args(argv):
+    parser = Parser(description="Train, edit and measure baselines beside LiVO, on tiny-sd.")
+    parser.add_argument("--only", choices=[*SWEEP], help="one method")
+    parser.add_argument("--steps", type=number(int, 1, 10**6), default=400, help="optimizer steps of every trained run")
+    parser.add_argument("--every", type=number(int, 1, 10**6), default=50, help="steps between two measurements")
+    parser.add_argument("--per-prompt", type=number(int, 2, 10_000), default=8, help="pictures of a prompt, to measure")
+    parser.add_argument("--weights", default=train.Settings.weights, help="model of the portrait world")
+    parser.add_argument("--data", help="folder of preference data (default: drawn portraits)")
+    parser.add_argument("--out", type=Path, default=Path("runs/baselines"), help="folder of the runs")
+    parser.add_argument("--list", action="store_true", help="only list the runs, and estimate the time")
+    parser.add_argument("--collect", type=Path, metavar="JSON", help="only gather the finished runs into this file, "
+                        "and draw convergence.png and tradeoff.png beside it")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    runs = all_runs(args.only)
+    if args.list:
+        return list_runs(runs, args)
+    if args.collect:
+        results = collect(args.out)
+        with atomic(args.collect) as path:
+            weights.write_json(path, results)
+        for name, image in ("convergence", convergence(results)), ("tradeoff", tradeoff(results)):
+            with atomic(args.collect.with_name(f"{name}.png")) as path:
+                image.save(path, optimize=True)
+        show(results)
+        return print(f"\n{args.collect}, convergence.png and tradeoff.png beside it")
+
+    check_writable(args.out)
+    sd = weights.load(args.weights)
+    if sd.unet.config.sample_size * sd.vae.config.factor != portraits.SIZE:
+        raise UserError(f"{args.weights}: expected a model of the portrait world, which draws {portraits.SIZE} pixels, "
+                        f"got one that draws {sd.unet.config.sample_size * sd.vae.config.factor}")
+    s = train.Settings(**train.TINY_SD | {"steps": args.steps})
+    dataset = data.PreferenceDataset(args.data or data.default_pairs(args.out.parent), sd, args.out.parent / "cache",
+                                     s.together)
+    model = f"{fingerprint(sd)} {digest(map(inspect.getsource, (livo, sample)))}"
+    about = {"steps": args.steps, "every": args.every, "per_prompt": args.per_prompt, "model": model}
+    frozen = kept(partial(generated, sd, None, SAMPLING), args.out / "frozen", model)
+    judged = partial(measure, load_judge(), frozen=frozen, n=args.per_prompt)
+    for run in tqdm(runs, "runs", disable=None):
+        if (file := args.out / f"{run.name}.json").exists():
+            load_curve(file, about)
+        elif run.method in TRAINED:
+            settings = replace(s, **run.settings)
+            save_curve(file, about, train_method(sd, dataset, run, settings, judged, about, args.out / run.name))
+        else:
+            save_curve(file, about, apply_method(sd, run, judged))
+    show(collect(args.out))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -27,6 +27,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import curves
 import livo
 import portraits
 import retrieve as retrieve_module
@@ -34,6 +35,7 @@ import sample
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
 from clip_image import load_clip
+from curves import COLOURS, legend
 from data import PRINCIPLES, open_shares
 from judge import ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipJudge, accuracy, decide, digest, load_judge, uniform_record
 from livo import make_context, make_uncond
@@ -415,17 +417,6 @@ def show(results):
         print()
 
 
-COLOURS = ("#9aa5b1", "#d1603d", "#2a7f62", "#e0a526", "#5b6ee1", "#8d5a97", "#3c3c3c")  # one per source
-
-
-def legend(pen, names, x, font):
-    """A square of each name's colour, and the name, in the uppermost 20 pixels from x on."""
-    for name, colour in zip(names, COLOURS):
-        pen.rectangle((x, 10, x + 10, 20), colour)
-        pen.text((x + 15, 8), name, "black", font)
-        x += 30 + font.getlength(name)
-
-
 def bar_chart(sources):
     """Horizontal bars of the metrics that have an interval, by source, with their intervals. -> PIL image."""
     metrics = [metric for metric, result in next(iter(sources.values())).items() if "low" in result]
@@ -553,9 +544,7 @@ def main(argv=None):
         bar_chart(results["sources"]).save(path, optimize=True)
     show(results)
     if not args.clip and TRAINED.exists():
-        import baselines  # which uses this file
-
-        baselines.show(weights.read_json(TRAINED))
+        curves.show(weights.read_json(TRAINED))
     print(f"\nresults.json and chart.png in {args.out}")
 
 

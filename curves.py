@@ -1,0 +1,116 @@
+"""What baselines.py finds, as a table and two plots; and the drawing that evaluate.py's chart shares with them.
+
+results: {"frozen": a point, "sweep" and "grid": {method: [run]}}. A run is {"settings", "curve"}, a curve a list of
+points, one per measurement: {"step", "seconds", "harm", each harm, "profession right", "distance"}.
+"""
+
+from PIL import Image, ImageDraw, ImageFont
+
+ENOUGH = 90  # percent of professions right: below, what looks harmless may just be unrecognisable
+REACHED = 0.1  # of the frozen model's harm
+COLOURS = ("#9aa5b1", "#d1603d", "#2a7f62", "#e0a526", "#5b6ee1", "#8d5a97", "#3c3c3c")
+
+
+def legend(pen, names, x, font):
+    """A square of each name's colour, and the name, in the uppermost 20 pixels from x on."""
+    for name, colour in zip(names, COLOURS):
+        pen.rectangle((x, 10, x + 10, 20), colour)
+        pen.text((x + 15, 8), name, "black", font)
+        x += 30 + font.getlength(name)
+
+
+def is_recognised(point):
+    return point["profession right"] >= ENOUGH
+
+
+def best(runs):
+    """The run that ends with the least harm, among those that still draw what the prompt says, if there are any."""
+    return min(runs, key=lambda run: (not is_recognised(run["curve"][-1]), run["curve"][-1]["harm"]))
+
+
+def reached(curve, what, frozen):
+    """The first point of a curve where harm is a tenth of the frozen model's, or None."""
+    return next((point for point in curve if point[what] <= REACHED * frozen[what]), None)
+
+
+def is_trained(run):
+    return len(run["curve"]) > 1
+
+
+def show(results):
+    """Prints every run at its end, the best of each method marked, and how soon the best ones' harm fell."""
+    frozen = results["frozen"]
+    columns = [what for what in frozen if what not in ("step", "seconds")]
+    harms = [what for what in columns if what not in ("profession right", "distance")]
+    for kind, title in ("sweep", "percent, at the end; * best of its method"), ("grid", "trade-off"):
+        print(f"\n{title:60}" + "".join(f"{what:>18}" for what in columns))
+        for method, runs in {"frozen": [{"settings": {}, "curve": [frozen]}], **results[kind]}.items():
+            for this in runs:
+                mark = "*" if kind == "sweep" and len(runs) > 1 and this is best(runs) else " "
+                settings = " ".join(f"{name}={value:g}" for name, value in this["settings"].items())
+                row = "".join(f"{this['curve'][-1][what]:18.1f}" for what in columns)
+                print(f"{mark} {f'{method} {settings}':58}{row}")
+    left = f"steps, seconds until {REACHED:.0%} of the frozen model's harm is left"
+    print(f"\n{left:60}" + "".join(f"{what:>18}" for what in harms))
+    for method, runs in results["sweep"].items():
+        if is_trained(best(runs)):
+            points = [reached(best(runs)["curve"], what, frozen) for what in harms]
+            cells = [f"{point['step']}, {point['seconds']:.0f} s" if point else "not reached" for point in points]
+            print(f"{method:60}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+WIDTH, HEIGHT, EDGE, TICKS = 560, 380, 56, 4  # of a panel, in pixels
+
+
+def draw_panel(pen, left, series, x_label, y_label, joined):
+    """Of each name in `series` the points (x, y, whether filled), in the legend's colours; y is 0 … 100."""
+    font = ImageFont.load_default(12)
+    wide, high, bottom = WIDTH - 2 * EDGE, HEIGHT - 2 * EDGE, HEIGHT - EDGE
+    x_max = max(x for points in series.values() for x, _, _ in points) or 1
+    for i in range(TICKS + 1):
+        x, y = left + EDGE + wide * i / TICKS, bottom - high * i / TICKS
+        pen.line((left + EDGE, y, left + EDGE + wide, y), "#dddddd")
+        pen.text((left + EDGE - 6, y), f"{100 * i / TICKS:g}", "black", font, anchor="rm")
+        pen.text((x, bottom + 6), f"{x_max * i / TICKS:.3g}", "black", font, anchor="mt")
+    pen.text((left + EDGE, EDGE - 8), y_label, "black", font, anchor="lb")
+    pen.text((left + EDGE + wide, bottom + 24), x_label, "black", font, anchor="rt")
+    for (name, points), colour in zip(series.items(), COLOURS):
+        places = [(left + EDGE + wide * x / x_max, bottom - high * y / 100) for x, y, _ in points]
+        if joined:
+            pen.line(places, colour, 2)
+        for (x, y), (_, _, filled) in zip(places, points):
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour if filled else "white", colour, 2)
+
+
+def new_plot(panels, names):
+    image = Image.new("RGB", (panels * WIDTH, HEIGHT), "white")
+    pen = ImageDraw.Draw(image)
+    legend(pen, names, EDGE, ImageFont.load_default(12))
+    return image, pen
+
+
+def convergence(results):
+    """Harm over steps, and over seconds, of the best run of each trained method. -> PIL image.
+
+    A hollow point draws less than ENOUGH professions right.
+    """
+    curves = {method: best(runs)["curve"] for method, runs in results["sweep"].items() if is_trained(best(runs))}
+    image, pen = new_plot(2, ["frozen", *curves])
+    for left, x, label in (0, "step", "steps"), (WIDTH, "seconds", "seconds of training"):
+        series = {method: [(point[x], point["harm"], is_recognised(point)) for point in curve]
+                  for method, curve in curves.items()}
+        last = max((curve[-1][x] for curve in curves.values()), default=0)
+        frozen = [(end, results["frozen"]["harm"], True) for end in (0, last)]
+        draw_panel(pen, left, {"frozen": frozen} | series, label, "harm, percent", joined=True)
+    return image
+
+
+def tradeoff(results):
+    """Conformity against distance to the frozen model's pictures, of the grid's runs. -> PIL image."""
+    ends = {"frozen": [results["frozen"]]}
+    ends |= {method: [this["curve"][-1] for this in runs] for method, runs in results["grid"].items()}
+    image, pen = new_plot(1, ends)
+    series = {method: [(point["distance"], 100 - point["harm"], is_recognised(point)) for point in points]
+              for method, points in ends.items()}
+    draw_panel(pen, 0, series, "distance to the frozen model's pictures, 0 … 255", "100 − harm", joined=False)
+    return image
