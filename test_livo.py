@@ -42,9 +42,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import attention
+import baselines
 import bench
 import build
 import clip_image
+import curves
 import data
 import evaluate
 import judge as judge_module
@@ -53,6 +55,7 @@ import portraits
 import pretrain
 import sample
 import train
+import uce
 import weights
 from attention import FlashAttention, attend, plain_attention, project
 from cli import UserError, pick_device, run
@@ -2660,7 +2663,10 @@ def test_the_command(tiny, quick, tmp_path, capsys, monkeypatch):
     evaluate.main(options)
     table = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(results["sources"]) == ["drawn", "frozen"]
+    assert list(results["sources"]) == ["drawn", "frozen", "principle in the prompt", "negative prompt"]
+    distances = {name: source[evaluate.DISTANCE]["value"] for name, source in results["sources"].items()
+                 if evaluate.DISTANCE in source}
+    assert distances.pop("frozen") == 0 and len(distances) == 2 and min(distances.values()) > 0.01
     assert "profession right" in table and "zombie asked: Prob" in table and "judge, through the VAE" in table
     for source in results["sources"].values():
         for metric, result in source.items():
@@ -2693,7 +2699,8 @@ def test_the_command(tiny, quick, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "draw", recorded)
     evaluate.main([*options, "--value-encoder", str(tmp_path / "livo")])
     with_livo = json.loads((tmp_path / "out" / "results.json").read_text())["sources"]
-    assert list(with_livo) == ["drawn", "frozen", "LiVO"] and with_livo["frozen"] == results["sources"]["frozen"]
+    assert list(with_livo) == ["drawn", "frozen", "LiVO", "principle in the prompt", "negative prompt"]
+    assert all(with_livo[name] == source for name, source in results["sources"].items())
     assert calls[0] == ("a portrait of a doctor", [GENDER, RACE], range(5))
     assert (BLOODY in calls[3][1], calls[3][2]) == (True, range(15, 20)) and len(calls) == 6
 
@@ -3479,3 +3486,297 @@ def test_the_command_with_clip(tiny, clip_folder, tmp_path, capsys, monkeypatch)
 ])
 def test_errors_with_clip(tiny, tmp_path, options, message):
     refused(message, evaluate.main, ["--weights", str(tiny), "--out", str(tmp_path / "out"), *options])
+
+
+# ── baselines.py, uce.py, curves.py, and the baselines of evaluate.py ────────────────────────────────────────────────
+
+
+def differentiable_errors(sd, unet, pairs, context):
+    """err_w, ref_w, err_l, ref_l, written out."""
+    z_w, z_l, eps, features = (torch.stack([getattr(p, key) for p in pairs]) for key in ("z_w", "z_l", "eps", "features"))
+    t = torch.tensor([p.t for p in pairs])
+    abar = Schedule(sd.scheduler).alphas_cumprod[t][:, None, None, None]
+    return [(network(abar.sqrt() * z + (1 - abar).sqrt() * eps, t, c) - eps).square().mean((1, 2, 3))
+            for z in (z_w, z_l) for network, c in ((unet, context), (sd.unet, features))]
+
+
+def step_gradients(sd, method, network, pairs, s):
+    network.zero_grad()
+    errors = baselines.add_gradient(sd, method, network, pairs, Schedule(sd.scheduler), s)
+    return errors, gradients(network)
+
+
+def test_the_common_step_is_livos_own(sd, dataset):
+    s, pairs, theirs, ours = settings(), pairs_of(dataset), trained_a_little(sd), trained_a_little(sd)
+    expected = train.add_gradient(sd, theirs, pairs, Schedule(sd.scheduler), s)
+    errors, gradient = step_gradients(sd, "LiVO", ours, pairs, s)
+    torch.testing.assert_close(errors, expected)
+    assert relative(gradient, gradients(theirs)) < 1e-5
+    # half of a step's pairs have half the gradient
+    halves = [step_gradients(sd, "LiVO", ours, pairs[i:i + 2], s)[1] for i in (0, 2)]
+    assert relative({name: halves[0][name] + halves[1][name] for name in gradient}, gradient) < 1e-5
+
+
+@pytest.mark.parametrize("method", baselines.TRAINED)
+def test_gradients_of_the_baselines_are_those_of_the_formulas(sd, dataset, method):
+    part, _ = baselines.TRAINED[method]
+    s, pairs, network = settings(beta=20.0, alpha=30.0), pairs_of(dataset), baselines.to_train(sd, part)
+    torch.manual_seed(2)
+    for parameter in network.parameters():  # away from the frozen model, where the slope is the same for every β
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    _, ours = step_gradients(sd, method, network, pairs, s)
+    network.zero_grad()
+    prompts = [pair.prompt for pair in pairs]
+    if part == "value_encoder":
+        context = make_context(sd, prompts, [[pair.principle for pair in pairs]], network)
+    else:
+        context = (network if part == "text_encoder" else sd.text_encoder)(sd.tokenizer(prompts))[0]
+    w, rw, l, rl = differentiable_errors(sd, network if part == "unet" else sd.unet, pairs, context)
+    if method in ("LiVO", "text encoder"):
+        loss = torch.clamp(1 + 20 * (w - rw), min=0) + torch.clamp(0.5 + 30 * (rl - l), min=0)
+    else:
+        loss = -torch.sigmoid(-20 * ((w - rw) - (l - rl))).log()
+    loss.mean().backward()
+    assert relative(ours, gradients(network)) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["Diffusion-DPO", "text encoder"])
+def test_only_a_copy_is_trained(sd, dataset, method):
+    part, loss = baselines.TRAINED[method]
+    frozen = {name: {key: t.clone() for key, t in getattr(sd, name).state_dict().items()}
+              for name in ("unet", "text_encoder", "vae")}
+    s, network, schedule = settings(), baselines.to_train(sd, part), Schedule(sd.scheduler)
+    optimizer = train.make_optimizer(network)
+    add = partial(baselines.add_gradient, sd, method, network, schedule=schedule, s=s)
+    first = train.take_step(0, network, optimizer, add, dataset, range(1000), s)
+    torch.testing.assert_close(first[::2], first[1::2])  # the copy is the frozen model yet
+    train.take_step(1, network, optimizer, add, dataset, range(1000), s)
+    for name, tensors in frozen.items():
+        now = getattr(sd, name).state_dict()
+        assert all(torch.equal(now[key], t) for key, t in tensors.items())
+        assert all(p.grad is None and not p.requires_grad for p in getattr(sd, name).parameters())
+    moved = [not torch.equal(t, frozen[part][name]) for name, t in network.state_dict().items()]
+    assert sum(moved) > 0.9 * len(moved)
+
+
+def cross_projections(unet):
+    layers = [m for m in unet.modules() if getattr(m, "is_cross", False)]
+    return [layer.weight.double() for m in layers for layer in (m.to_k, m.to_v)]
+
+
+def test_uce_reaches_its_target_and_leaves_the_rest(sd):
+    edits = [("a bloody doctor", ["a doctor"], 1.0)]
+    c, target = uce.tokens(sd, edits)
+    c, target = c[:8], target[:8]  # fewer than C of them, so that all can be met
+    old = cross_projections(sd.unet)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uce, "tokens", lambda *_: (c, target))
+        new = cross_projections(uce.edit(sd, edits, [], lam=1e-7))
+    assert (target - c).norm() > 0.1 * c.norm()
+    for W, W_new in zip(old, new):
+        assert ((c @ W_new.T - target @ W.T).norm() / ((target - c) @ W.T).norm()) < 1e-3
+    # where all tokens of the tests' prompts are to be kept, they are
+    keep = ["a nurse", "a photo of a chef"]
+    p = livo.encode_prompts(sd, keep).double().flatten(0, 1)
+    changes = [sum(((p @ (W_new - W).T).norm() / (p @ W.T).norm()).item() for W, W_new in zip(old, edited))
+               for edited in (new, cross_projections(uce.edit(sd, edits, 100 * keep, lam=1e-7)))]
+    assert changes[1] < 0.1 * changes[0]
+    same = cross_projections(uce.edit(sd, edits, keep, lam=1e9))
+    assert all((W - W_new).abs().max() < 1e-4 for W, W_new in zip(old, same))
+
+
+def test_uce_is_the_least_squares_solution(sd):
+    edits, keep, lam = [("a doctor", ["a woman doctor", "a man doctor"], 2.0)], ["a nurse"], 0.3
+    c, target = uce.tokens(sd, edits)
+    p = livo.encode_prompts(sd, keep).double()[0]
+    eye = math.sqrt(lam) * torch.eye(c.shape[1], dtype=torch.double)
+    edited = uce.edit(sd, edits, keep, lam)
+    for W, ours in zip(cross_projections(sd.unet), cross_projections(edited)):
+        A, B = torch.cat([c, p, eye]), torch.cat([target @ W.T, p @ W.T, eye @ W.T])
+        torch.testing.assert_close(ours, torch.linalg.lstsq(A, B).solution.T, rtol=1e-4, atol=1e-6)
+    plain = [(a, b) for (name, a), b in zip(edited.state_dict().items(), sd.unet.state_dict().values())
+             if not re.search(r"attn2\.to_[kv]", name)]
+    assert all(torch.equal(a, b) for a, b in plain)
+
+
+def test_tokens_are_matched_across_an_inserted_word():
+    old, new = torch.tensor([0, 5, 6, 9, 9, 9]), torch.tensor([0, 5, 7, 6, 9, 9])
+    assert uce.matching_rows(old, new, 9).tolist() == [0, 1, 3, 4, 5, 5]
+    assert uce.matching_rows(new, old, 9).tolist() == [0, 1, 1, 2, 3, 4]
+    edits, preserved = uce.texts(2.0)
+    assert ("a portrait of a bloody artist", ["a portrait of an artist"], 1.0) in edits and "" in preserved
+    assert not {text for text, _, _ in edits} & {*preserved}
+
+
+def test_negative_words_are_said_in_their_share_of_the_pictures(monkeypatch):
+    calls = []
+
+    def draw(sd, prompt, negative, principles, value_encoder, seeds, **settings):
+        calls.append((prompt, negative, list(seeds)))
+        yield from reversed([(row, seed, ()) for row, seed in enumerate(seeds)])
+
+    monkeypatch.setattr(evaluate, "draw", draw)
+    nurse = baselines.Asked("a nurse", "nurse", (BLOODY, GENDER, RACE))
+    assert evaluate.negative_prompt(None, {}, nurse, range(10, 14)) == [10, 11, 12, 13]  # in the order of the seeds
+    harm, women = "bloody, covered in blood, with blood on the face", "woman, who is a woman"
+    assert calls == [("a nurse", harm, [10, 12]), ("a nurse", f"{harm}, {women}, light-skinned, with light skin", [11, 13])]
+    calls.clear()
+    assert evaluate.principle_in_prompt(None, {}, nurse, range(2)) == [0, 1]
+    assert calls == [(f"a nurse, {BLOODY}, {GENDER}, {RACE}", "", [0, 1])]
+
+
+def test_frozen_pictures_are_drawn_once_and_told_apart(tmp_path):
+    drawn = []
+
+    def pictures(prompt, seeds):
+        drawn.append(prompt)
+        return [Image.new("RGB", (4, 4), (seed, 0, 0)) for seed in seeds]
+
+    for made_by, expected in ("a", 1), ("a", 1), ("b", 2):
+        images = evaluate.kept(pictures, tmp_path / "kept", made_by)("x", range(3))
+        assert len(drawn) == expected and [image.getpixel((0, 0)) for image in images] == [(i, 0, 0) for i in range(3)]
+    assert evaluate.pixel_distance(images, images).tolist() == [0, 0, 0]
+    assert evaluate.pixel_distance(images, images[::-1]).tolist() == pytest.approx([2 / 3, 0, 2 / 3])
+
+
+def test_harm_is_measured_by_the_judges_answers():
+    """Every picture is its seed; the frozen model's are black."""
+    n = 2
+
+    class Reader:
+        def read(self, images):
+            seeds = torch.tensor([image.getpixel((0, 0))[0] for image in images])
+            return {"profession": seeds * 0, "gender": seeds % 2, "skin": seeds * 0, "bloody": (seeds < 6) * 0.9,
+                    "zombie": seeds * 0.0}
+
+    black = lambda asked, seeds: [Image.new("RGB", (4, 4)) for _ in seeds]
+    numbered = lambda asked, seeds: [Image.new("RGB", (4, 4), (seed,) * 3) for seed in seeds]
+    point = baselines.measure(Reader(), numbered, black, n)
+    d2_of_one = 100 * math.sqrt(0.8)
+    assert point == pytest.approx({"harm": (d2_of_one + 75) / 4, "gender D1": 0, "skin D2": d2_of_one, "bloody R": 75,
+                                   "zombie R": 0, "profession right": 25, "distance": 3.5})
+
+
+@pytest.fixture
+def small_baselines(tiny, root, tmp_path, monkeypatch, judge):
+    """Options of a command with few runs, of few steps and pictures."""
+    monkeypatch.setattr(baselines, "load_judge", lambda: judge)
+    monkeypatch.setattr(baselines, "PROFESSIONS", ("doctor", "nurse"))
+    monkeypatch.setattr(baselines, "SAMPLING", {"steps": 2, "sampler": "dpm", "guidance": 2.0, "batch_size": 2})
+    for name, value in {"batch": 2, "micro_batch": 2, "together": 2, "warmup": 2}.items():
+        monkeypatch.setitem(train.TINY_SD, name, value)
+    monkeypatch.setattr(baselines, "SWEEP", {method: choices[:1] for method, choices in baselines.SWEEP.items()})
+    monkeypatch.setattr(baselines, "GRID", {"BT on the value encoder": [{"lr": 1e-3, "beta": 50.0}]})
+    return ["--weights", str(tiny), "--data", str(root), "--steps", "5", "--every", "2", "--per-prompt", "2"]
+
+
+def without_seconds(curve):
+    return [{name: value for name, value in point.items() if name != "seconds"} for point in curve]
+
+
+def test_baselines_from_the_command(small_baselines, tmp_path, monkeypatch, capsys):
+    options = [*small_baselines, "--out", str(tmp_path / "runs")]
+    baselines.main([*options, "--list"])
+    assert capsys.readouterr().out.count("to do") == 9 and not (tmp_path / "runs").exists()
+    baselines.main(options)
+    table = capsys.readouterr().out
+    assert all(method in table for method in baselines.SWEEP)
+    done = {path.stem: json.loads(path.read_text())["curve"] for path in (tmp_path / "runs").glob("*.json")}
+    assert len(done) == 9 and {len(curve) for curve in done.values()} == {1, 4}
+    assert [point["step"] for point in done["Diffusion-DPO-lr=1e-05-beta=100.0"]] == [0, 2, 4, 5]
+    assert done["frozen"][0]["distance"] == done["Diffusion-DPO-lr=1e-05-beta=100.0"][0]["distance"] == 0
+    assert done["UCE-strength=1.0-lam=0.1"][0]["distance"] > 0
+
+    monkeypatch.setattr(baselines, "train_method", lambda *_: pytest.fail("trained again"))
+    baselines.main(options)
+    out = tmp_path / "assets" / "baselines.json"
+    baselines.main([*options, "--collect", str(out)])
+    capsys.readouterr()
+    results = json.loads(out.read_text())
+    assert {*results["sweep"]} == {*baselines.SWEEP} and len(results["grid"]["BT on the value encoder"]) == 1
+    assert all(Image.open(out.with_name(f"{name}.png")).height == curves.HEIGHT for name in ("convergence", "tradeoff"))
+    baselines.main([*options, "--list"])
+    assert "to do" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="expected a run of .*'steps': 6.* choose another --out"):
+        baselines.main([*options, "--steps", "6"])
+
+
+@pytest.mark.parametrize("method", ["LiVO", "Diffusion-DPO"])
+def test_a_killed_baseline_goes_on(small_baselines, tmp_path, monkeypatch, capsys, method):
+    whole, killed = ([*small_baselines, "--only", method, "--out", str(tmp_path / name / "runs")] for name in "ab")
+    baselines.main(whole)
+    step, calls = train.take_step, []
+
+    def dying(number, *args):
+        calls.append(number)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(number, *args)
+
+    monkeypatch.setattr(train, "take_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        baselines.main(killed)
+    # killed between writing a curve and its checkpoint: the curve is a point ahead
+    file, = (tmp_path / "b" / "runs").glob("*/curve.json")
+    ahead = json.loads(file.read_text())
+    file.write_text(json.dumps(ahead | {"curve": [*ahead["curve"], ahead["curve"][-1] | {"step": 4, "harm": -1}]}))
+    baselines.main(killed)
+    assert calls == [0, 1, 2, 3, 2, 3, 4]
+    (name,) = [path.name for path in (tmp_path / "a" / "runs").glob(f"{method}*.json")]
+    first, second = (json.loads((tmp_path / run / "runs" / name).read_text())["curve"] for run in "ab")
+    assert without_seconds(first) == without_seconds(second) and first[0] != first[-1]
+    ours, theirs = (torch.load(tmp_path / run / "runs" / Path(name).stem / "checkpoint.pt", weights_only=True)["value_encoder"]
+                    for run in "ab")
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def fake_run(lr, harms, right=100.0):
+    return {"settings": {"lr": lr}, "curve": [
+        {"step": 50 * i, "seconds": 10.0 * i, "harm": harm, "bloody R": harm, "profession right": right, "distance": 3.0 * i}
+        for i, harm in enumerate(harms)]}
+
+
+def fake_results():
+    runs = [fake_run(1.0, [90, 50, 20]), fake_run(2.0, [90, 9.1, 8, 12]), fake_run(3.0, [90, 0, 0, 0], right=40.0)]
+    return {"frozen": runs[0]["curve"][0], "grid": {"LiVO": runs[:2]},
+            "sweep": {"LiVO": runs, "text encoder": [fake_run(4.0, [80, 70])], "UCE": [fake_run(5.0, [5])]}}
+
+
+def test_the_best_run_and_the_step_where_a_tenth_is_left(capsys):
+    results = fake_results()
+    frozen, run = results["frozen"], curves.best(results["sweep"]["LiVO"])
+    assert run["settings"] == {"lr": 2.0}  # not the one with less harm, that draws something else
+    assert curves.best(results["sweep"]["LiVO"][2:])["settings"] == {"lr": 3.0}
+    assert curves.reached(run["curve"], "harm", frozen)["step"] == 100  # 9.1 is more than a tenth of 90
+    assert curves.reached(results["sweep"]["LiVO"][0]["curve"], "harm", frozen) is None
+    curves.show(results)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines if line.startswith("*")] == ["lr=2"]
+    end = lines.index(next(line for line in lines if line.startswith("steps, seconds")))
+    assert [line.split("  ")[-1].strip() for line in lines[end + 1:]] == ["100, 20 s", "not reached"]
+
+
+def test_the_plots_show_the_points():
+    results = fake_results()
+    image = curves.convergence(results)
+    colours = [tuple(bytes.fromhex(colour[1:])) for colour in curves.COLOURS]
+    edge, high = curves.EDGE, curves.HEIGHT - 2 * curves.EDGE
+    for left in (0, curves.WIDTH):  # the last point of LiVO's best run: rightmost, at 12 %
+        x, y = left + curves.WIDTH - edge, curves.HEIGHT - edge - 0.12 * high
+        assert image.getpixel((round(x), round(y))) == colours[1]
+    image, wide = curves.tradeoff(results), curves.WIDTH - 2 * edge
+    place = lambda distance, y: (round(edge + wide * distance / 9), round(curves.HEIGHT - edge - high * y / 100))
+    assert image.getpixel(place(0, 10)) == colours[0] and image.getpixel(place(9, 88)) == colours[1]
+    assert image.getpixel(place(6, 80)) == colours[1] and image.getpixel(place(3, 40)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--only", "magic"], "invalid choice: 'magic'"),
+    (["--per-prompt", "1"], "expected 2"),
+    (["--collect", "all.json"], "expected finished runs, got none"),
+    (["--weights", "model"], "draws 64 pixels, got one that draws 16"),
+])
+def test_baseline_errors(folder, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(folder)
+    refused(message, baselines.main, [*options, "--out", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists() and not (folder / "all.json").exists()
