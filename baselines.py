@@ -13,6 +13,7 @@ for this, so the model is tiny-sd.
 import copy
 import functools
 import inspect
+import json
 import math
 import re
 import time
@@ -53,25 +54,26 @@ def hinges(alpha, beta, gamma1, gamma2):
     return {"alpha": float(alpha), "beta": float(beta), "gamma1": float(gamma1), "gamma2": float(gamma2)}
 
 
-# The sweep: every trained method gets three learning rates and two strengths of its loss, LiVO too. The hinges of half
-# the slope have twice the margin.
+# The sweep: every trained method gets three learning rates and two strengths of its loss, LiVO too. The second hinges
+# have twice the margin: violating images are pushed away until their error is 0.2 above the frozen model's, not 0.1.
+# Bradley-Terry's slopes make its loss fall silent, softly, at about the same: a few times 1/β.
 HINGES = [hinges(1000, 2000, 80, 100), hinges(500, 1000, 80, 100)]
-SLOPES = [{"beta": 100.0}, {"beta": 1000.0}]
+SLOPES = [{"beta": 20.0}, {"beta": 100.0}]
 SWEEP = {
     "LiVO": table(lr=[3e-4, 1e-3, 3e-3], loss=HINGES),
     "BT on the value encoder": table(lr=[3e-4, 1e-3, 3e-3], loss=SLOPES),
-    "Diffusion-DPO": table(lr=[1e-5, 3e-5, 1e-4], loss=SLOPES),
-    "text encoder": table(lr=[1e-4, 3e-4, 1e-3], loss=HINGES),
+    "Diffusion-DPO": table(lr=[3e-5, 1e-4, 3e-4], loss=SLOPES),
+    "text encoder": table(lr=[3e-4, 1e-3, 3e-3], loss=HINGES),
     "principle in the prompt": [{}],
     "negative prompt": table(phrases=[0, 2]),
-    "UCE": table(strength=[1.0, 2.0, 3.0, 4.0], lam=[0.1, 10.0]),
+    "UCE": table(strength=[1.0, 2.0, 4.0, 6.0], lam=[0.01, 0.1]),
 }
 # The trade-off: conformity and closeness to the frozen model, by the strengths of the loss alone.
 GRID = {
     "LiVO": [{"lr": 1e-3} | hinges(*four) for four in [
         (1000, 2000, 80, 100), (250, 2000, 80, 25), (500, 2000, 80, 50), (2000, 2000, 80, 200), (1000, 2000, 80, 40),
         (1000, 500, 20, 100)]],
-    "BT on the value encoder": table(lr=[1e-3], beta=[30.0, 100.0, 300.0, 1000.0, 3000.0]),
+    "BT on the value encoder": table(lr=[1e-3], beta=[5.0, 20.0, 100.0, 400.0, 2000.0]),
 }  # fmt: skip
 
 PROFESSIONS = ("doctor", "firefighter", "nurse", "teacher")  # whose pictures are judged: two of men, two of women
@@ -165,9 +167,10 @@ def measure(judge, pictures, frozen, n):
             right += (read["profession"] == portraits.PROFESSIONS.index(profession)).tolist()
             distances += pixel_distance(images, frozen(replace(asked, principles=()), seeds)).tolist()
         metric = METRICS[attribute][1] if attribute in METRICS else TOXICITY["R"]
-        point[harm] = float(metric(np.stack(readings)))
-    return {"harm": float(np.mean([*point.values()])), **point, "profession right": 100 * float(np.mean(right)),
-            "distance": float(np.mean(distances))}  # fmt: skip
+        point[harm] = metric(np.stack(readings))  # of (professions, n)
+    point = {"harm": np.mean([*point.values()]), **point, "profession right": 100 * np.mean(right),
+             "distance": np.mean(distances)}  # fmt: skip
+    return {what: round(float(value), 2) for what, value in point.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- runs
@@ -222,7 +225,7 @@ def train_method(sd, dataset, run, s, measure, about, folder):
             model, value_encoder = with_part(sd, part, network)
             pictures = partial(generated, model, value_encoder, SAMPLING)
             pictures = pictures if value_encoder is not None else regardless(pictures)
-            curve.append({"step": step, "seconds": seconds} | measure(pictures))
+            curve.append({"step": step, "seconds": round(seconds, 2)} | measure(pictures))
             save_curve(file, about, curve)
             train.save_checkpoint(folder, network, optimizer, step)
         if step < s.steps:
@@ -242,7 +245,8 @@ def apply_method(sd, run, measure):
         pictures = regardless(partial(generated, sd, None, SAMPLING))
     else:
         pictures = partial(UNTRAINED[run.method], sd, SAMPLING, **run.settings)
-    return [{"step": 0, "seconds": time.perf_counter() - begin} | measure(pictures)]
+    seconds = round(time.perf_counter() - begin, 2)
+    return [{"step": 0, "seconds": seconds} | measure(pictures)]
 
 
 # ------------------------------------------------------------------------------------------------- what comes out
@@ -270,8 +274,8 @@ def collect(out):
 
 # --------------------------------------------------------------------------------------------- the command
 
-# Measured on one thread of two busy cores, batch 16: for --list only.
-STEP_SECONDS = {"LiVO": 1.2, "BT on the value encoder": 1.2, "Diffusion-DPO": 2.0, "text encoder": 1.2}
+# Measured on one thread beside two other trainings on two cores: for --list only.
+STEP_SECONDS = {"LiVO": 1.0, "BT on the value encoder": 1.0, "Diffusion-DPO": 1.3, "text encoder": 1.0}
 PICTURE_SECONDS = 0.3
 
 
@@ -316,7 +320,7 @@ def main(argv=None):
     if args.collect:
         results = collect(args.out)
         with atomic(args.collect) as path:
-            weights.write_json(path, results)
+            path.write_text(json.dumps(results) + "\n", encoding="utf-8")
         for name, image in ("convergence", convergence(results)), ("tradeoff", tradeoff(results)):
             with atomic(args.collect.with_name(f"{name}.png")) as path:
                 image.save(path, optimize=True)

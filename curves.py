@@ -112,5 +112,5 @@ def tradeoff(results):
     image, pen = new_plot(1, ends)
     series = {method: [(point["distance"], 100 - point["harm"], is_recognised(point)) for point in points]
               for method, points in ends.items()}
-    draw_panel(pen, 0, series, "distance to the frozen model's pictures, 0 … 255", "100 − harm", joined=False)
+    draw_panel(pen, 0, series, "distance to the frozen model's pictures, 0 … 255", "conformity: 100 - harm", joined=False)
     return image

@@ -49,7 +49,7 @@ FIRST_SEED = 0  # of the generated pictures, which count on from prompt to promp
 DRAWN_SEEDS, REFERENCE_SEEDS = HELD_OUT, 2 * HELD_OUT  # of two drawn sets
 RESAMPLES, CONFIDENCE = 1000, 95  # of the bootstrap; percent
 CHECK_PICTURES = 2000  # unseen ones, to check the judge
-DISTANCE = "distance to the frozen model's"  # mean absolute difference of pixels, 0 … 255, not a percentage
+DISTANCE = "distance to frozen, 0 … 255"  # mean absolute difference of pixels
 TRAINED = Path(__file__).parent / "assets" / "baselines.json"  # written by baselines.py --collect
 
 # ----------------------------------------------------------- metrics, in percent, of P prompts with n pictures

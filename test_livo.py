@@ -3654,7 +3654,7 @@ def test_harm_is_measured_by_the_judges_answers():
     point = baselines.measure(Reader(), numbered, black, n)
     d2_of_one = 100 * math.sqrt(0.8)
     assert point == pytest.approx({"harm": (d2_of_one + 75) / 4, "gender D1": 0, "skin D2": d2_of_one, "bloody R": 75,
-                                   "zombie R": 0, "profession right": 25, "distance": 3.5})
+                                   "zombie R": 0, "profession right": 25, "distance": 3.5}, abs=0.01)
 
 
 @pytest.fixture
@@ -3683,9 +3683,9 @@ def test_baselines_from_the_command(small_baselines, tmp_path, monkeypatch, caps
     assert all(method in table for method in baselines.SWEEP)
     done = {path.stem: json.loads(path.read_text())["curve"] for path in (tmp_path / "runs").glob("*.json")}
     assert len(done) == 9 and {len(curve) for curve in done.values()} == {1, 4}
-    assert [point["step"] for point in done["Diffusion-DPO-lr=1e-05-beta=100.0"]] == [0, 2, 4, 5]
-    assert done["frozen"][0]["distance"] == done["Diffusion-DPO-lr=1e-05-beta=100.0"][0]["distance"] == 0
-    assert done["UCE-strength=1.0-lam=0.1"][0]["distance"] > 0
+    assert [point["step"] for point in done["Diffusion-DPO-lr=3e-05-beta=20.0"]] == [0, 2, 4, 5]
+    assert done["frozen"][0]["distance"] == done["Diffusion-DPO-lr=3e-05-beta=20.0"][0]["distance"] == 0
+    assert done["UCE-strength=1.0-lam=0.01"][0]["distance"] > 0
 
     monkeypatch.setattr(baselines, "train_method", lambda *_: pytest.fail("trained again"))
     baselines.main(options)
