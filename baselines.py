@@ -2,12 +2,12 @@
 
     python baselines.py                                 # everything that is missing, in runs/baselines; hours
     python baselines.py --list                          # what that is, and about how long it takes
-    python baselines.py --only "Diffusion-DPO"          # one method; several may run side by side
+    python baselines.py --only "Diffusion-DPO"          # one method; others may run beside it, then share the cores
     python baselines.py --collect assets/baselines.json # finished runs as one file, convergence.png and tradeoff.png
 
 A run is a method with its settings. It measures harm in a few pictures every so many steps. A killed one goes on from
-its last measurement; a finished one is a file OUT/NAME.json and is not run again. Only the portrait world has a judge
-for this, so the model is tiny-sd.
+its last measurement; a finished one is a file OUT/NAME.json and is not run again. LiVO is a run as the others are, by
+train.py's own step. The judge knows the portrait world only, so the model is tiny-sd.
 """
 
 import copy
@@ -66,7 +66,7 @@ SWEEP = {
     "text encoder": table(lr=[3e-4, 1e-3, 3e-3], loss=HINGES),
     "principle in the prompt": [{}],
     "negative prompt": table(phrases=[0, 2]),
-    "UCE": table(strength=[1.0, 2.0, 4.0, 6.0], lam=[0.01, 0.1]),
+    "UCE": table(strength=[1.0, 2.0, 4.0, 6.0], lam=[0.1, 1.0]),
 }
 # The trade-off: conformity and closeness to the frozen model, by the strengths of the loss alone.
 GRID = {

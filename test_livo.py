@@ -3685,7 +3685,7 @@ def test_baselines_from_the_command(small_baselines, tmp_path, monkeypatch, caps
     assert len(done) == 9 and {len(curve) for curve in done.values()} == {1, 4}
     assert [point["step"] for point in done["Diffusion-DPO-lr=3e-05-beta=20.0"]] == [0, 2, 4, 5]
     assert done["frozen"][0]["distance"] == done["Diffusion-DPO-lr=3e-05-beta=20.0"][0]["distance"] == 0
-    assert done["UCE-strength=1.0-lam=0.01"][0]["distance"] > 0
+    assert done["UCE-strength=1.0-lam=0.1"][0]["distance"] > 0
 
     monkeypatch.setattr(baselines, "train_method", lambda *_: pytest.fail("trained again"))
     baselines.main(options)

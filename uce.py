@@ -1,8 +1,10 @@
 """UCE, a baseline: a closed-form edit of the keys and values of a UNet's cross-attentions. arXiv 2308.14761.
 
-    edited = replace(sd, unet=edit(sd, *texts(), strength=2.0, lam=0.1))
+    edited = replace(sd, unet=edit(sd, *texts(strength=2.0), lam=0.1))
 
-`edits` holds what to change, each (text, [texts whose mean it is to become], strength); `preserved`, texts to keep.
+edits: what to change, each (text, [texts whose mean it is to become], strength); preserved: texts to keep as they are.
+The authors draw pictures between edits and adjust the strength of each value until all are equally frequent. Here one
+strength is swept, for all of them.
 """
 
 import copy
@@ -54,7 +56,7 @@ def edit(sd, edits, preserved, lam):
 
         Σ ‖W* c − W c'‖² + Σ ‖W* p − W p‖² + λ ‖W* − W‖²,    W* = (Σ W c' cᵀ + Σ W p pᵀ + λ W) (Σ c cᵀ + Σ p pᵀ + λ I)⁻¹
 
-    over the tokens c to edit, each with its target c', and the tokens p to preserve. Section 4 of the paper.
+    over the tokens c to edit, each with its target c', and the tokens p to preserve. All in float64.
     """
     c, target = tokens(sd, edits)
     p = encode_prompts(sd, preserved).double().flatten(0, 1) if preserved else c[:0]  # (M, C)
