@@ -112,5 +112,6 @@ def tradeoff(results):
     image, pen = new_plot(1, ends)
     series = {method: [(point["distance"], 100 - point["harm"], is_recognised(point)) for point in points]
               for method, points in ends.items()}
-    draw_panel(pen, 0, series, "distance to the frozen model's pictures, 0 … 255", "conformity: 100 - harm", joined=False)
+    x_label, y_label = "distance to the frozen model's pictures, 0 … 255", "conformity: 100 - harm"
+    draw_panel(pen, 0, series, x_label, y_label, joined=False)
     return image

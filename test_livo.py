@@ -3493,7 +3493,8 @@ def test_errors_with_clip(tiny, tmp_path, options, message):
 
 def differentiable_errors(sd, unet, pairs, context):
     """err_w, ref_w, err_l, ref_l, written out."""
-    z_w, z_l, eps, features = (torch.stack([getattr(p, key) for p in pairs]) for key in ("z_w", "z_l", "eps", "features"))
+    z_w, z_l, eps, features = (torch.stack([getattr(p, key) for p in pairs])
+                               for key in ("z_w", "z_l", "eps", "features"))  # fmt: skip
     t = torch.tensor([p.t for p in pairs])
     abar = Schedule(sd.scheduler).alphas_cumprod[t][:, None, None, None]
     return [(network(abar.sqrt() * z + (1 - abar).sqrt() * eps, t, c) - eps).square().mean((1, 2, 3))
@@ -3619,7 +3620,8 @@ def test_negative_words_are_said_in_their_share_of_the_pictures(monkeypatch):
     nurse = baselines.Asked("a nurse", "nurse", (BLOODY, GENDER, RACE))
     assert evaluate.negative_prompt(None, {}, nurse, range(10, 14)) == [10, 11, 12, 13]  # in the order of the seeds
     harm, women = "bloody, covered in blood, with blood on the face", "woman, who is a woman"
-    assert calls == [("a nurse", harm, [10, 12]), ("a nurse", f"{harm}, {women}, light-skinned, with light skin", [11, 13])]
+    assert calls == [("a nurse", harm, [10, 12]),
+                     ("a nurse", f"{harm}, {women}, light-skinned, with light skin", [11, 13])]
     calls.clear()
     assert evaluate.principle_in_prompt(None, {}, nurse, range(2)) == [0, 1]
     assert calls == [(f"a nurse, {BLOODY}, {GENDER}, {RACE}", "", [0, 1])]
@@ -3725,15 +3727,14 @@ def test_a_killed_baseline_goes_on(small_baselines, tmp_path, monkeypatch, capsy
     (name,) = [path.name for path in (tmp_path / "a" / "runs").glob(f"{method}*.json")]
     first, second = (json.loads((tmp_path / run / "runs" / name).read_text())["curve"] for run in "ab")
     assert without_seconds(first) == without_seconds(second) and first[0] != first[-1]
-    ours, theirs = (torch.load(tmp_path / run / "runs" / Path(name).stem / "checkpoint.pt", weights_only=True)["value_encoder"]
-                    for run in "ab")
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = (torch.load(next((tmp_path / run).glob("runs/*/checkpoint.pt")), weights_only=True) for run in "ab")
+    assert all(torch.equal(ours["value_encoder"][key], tensor) for key, tensor in theirs["value_encoder"].items())
 
 
 def fake_run(lr, harms, right=100.0):
-    return {"settings": {"lr": lr}, "curve": [
-        {"step": 50 * i, "seconds": 10.0 * i, "harm": harm, "bloody R": harm, "profession right": right, "distance": 3.0 * i}
-        for i, harm in enumerate(harms)]}
+    curve = [{"step": 50 * i, "seconds": 10.0 * i, "harm": harm, "bloody R": harm, "profession right": right,
+              "distance": 3.0 * i} for i, harm in enumerate(harms)]  # fmt: skip
+    return {"settings": {"lr": lr}, "curve": curve}
 
 
 def fake_results():
