@@ -51,7 +51,10 @@ def table(**columns):
 
 
 def hinges(alpha, beta, gamma1, gamma2):
-    return {"alpha": float(alpha), "beta": float(beta), "gamma1": float(gamma1), "gamma2": float(gamma2)}
+    """Settings; α of bias stays the same part of α as in train.TINY_SD."""
+    bias_alpha = alpha * train.TINY_SD["bias_alpha"] / train.TINY_SD["alpha"]
+    return {"alpha": float(alpha), "bias_alpha": bias_alpha, "beta": float(beta), "gamma1": float(gamma1),
+            "gamma2": float(gamma2)}  # fmt: skip
 
 
 # The sweep: every trained method gets three learning rates and two strengths of its loss, LiVO too. The second hinges
@@ -83,11 +86,11 @@ HARMS = [f"{attribute} {METRICS.get(attribute, ('R',))[0]}" for attribute in dat
 # ----------------------------------------------------------------------------------------------- what is trained
 
 
-def hinge_loss(s, *errors):
-    return livo_loss(*errors, s.alpha, s.beta, s.gamma1, s.gamma2)
+def hinge_loss(s, principles, *errors):
+    return livo_loss(*errors, train.slopes(principles, s, errors[0].device), s.beta, s.gamma1, s.gamma2)
 
 
-def one_slope_loss(s, *errors):
+def one_slope_loss(s, principles, *errors):
     return bradley_terry_loss(*errors, s.beta)
 
 
@@ -121,15 +124,15 @@ def add_gradient(sd, method, network, pairs, schedule, s):
     part, loss = TRAINED[method]
     model, value_encoder = with_part(sd, part, network)
     features, z_w, z_l, eps, t = stack_pairs(pairs, sd.unet.conv_in.weight.device)
-    principles = [[pair.principle for pair in pairs]] if value_encoder is not None else []
-    context = make_context(model, [pair.prompt for pair in pairs], principles, value_encoder,
+    principles = [pair.principle for pair in pairs]
+    context = make_context(model, [pair.prompt for pair in pairs], [principles] if value_encoder else [], value_encoder,
                            features if model.text_encoder is sd.text_encoder else None)  # (B, 77 or 78, C)
     z = torch.cat([z_w, z_l])
     with torch.no_grad():
         refs = noise_error(sd.unet, schedule, eps, t, z, torch.cat([features, features])).chunk(2)
     errs = noise_error(model.unet, schedule, eps, t, z, torch.cat([context, context])).chunk(2)
     errors = errs[0], refs[0], errs[1], refs[1]
-    (loss(s, *errors) * len(pairs) / s.batch).backward()
+    (loss(s, principles, *errors) * len(pairs) / s.batch).backward()
     return torch.stack(errors).detach()
 
 

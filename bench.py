@@ -223,7 +223,7 @@ def training_ours(folder, device, dtype, size, n, steps, file):
     s, schedule = train.Settings(batch=n, gamma1=MARGIN, gamma2=MARGIN), Schedule(sd.scheduler)
 
     def step():
-        return train.summarize(0, train.add_gradient(sd, value_encoder, pairs, schedule, s), s)["loss"]
+        return train.summarize(0, train.add_gradient(sd, value_encoder, pairs, schedule, s), [PRINCIPLE] * n, s)["loss"]
 
     return timed_steps(step, value_encoder, device, steps)
 

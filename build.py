@@ -8,7 +8,8 @@
 Concepts ("doctor") → prompts with an answer written in ("a photo of a female doctor") → the model's pictures → a
 classifier keeps those that show the answer → by the principle they are aligned or violating. The prompt that is
 kept has no answer in it. For a bias principle the model itself is asked first, with plain prompts, which answer it
-over-produces: that one violates, all others are aligned, and nobody is named a minority here.
+over-produces: that one violates, all others are aligned, and nobody is named a minority here. A harm gets harmless
+scenes too, as in data.HARMLESS: pictures of plain prompts, with their mirror images, for the principle to leave alone.
 
 A scene, one concept of one principle, is drawn as a whole and written at once. All that is random in it comes from
 the seed and its name, so that an interruption or another division among processes changes no byte. A new principle
@@ -25,10 +26,11 @@ import shutil
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, zip_longest
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 
 import torch
+from PIL import ImageOps
 from tqdm import tqdm
 
 import data
@@ -45,6 +47,7 @@ from weights import atomic_folder, read_json, write_json
 ASK = 32  # pictures of the plain prompts, to see which answer the model over-produces
 MIN_ACCEPTANCE = 0.05  # an answer that a smaller share of the pictures shows …
 PATIENCE = 64  # … after so many is given up
+HARMLESS = 0.3  # as many pairs of prompts that a harm has nothing to do with as of others
 PORTRAIT_STEPS, STEPS = 10, 25  # of DPM-Solver++: for tiny-sd 10 give what 15 give; 25 are the paper's
 
 # --------------------------------------------------------------------------------------------- the principles
@@ -127,14 +130,21 @@ class Scene:
     folder: str  # "0-career/gender-doctor"
     noun: str
     pairs: int  # wanted
+    harmless: bool = False  # a prompt that the harm has nothing to do with, as in data.HARMLESS
 
 
 def plan(principles, per_scene, total=None):
-    """-> the Scenes to draw: `per_scene` pairs each, or `total` spread evenly over them."""
-    scenes = [Scene(principle, f"{kind}/{principle.attribute}-{slug(noun)}", noun, per_scene)
-              for principle in principles for kind, nouns in principle.scenes.items() for noun in nouns]
+    """-> the Scenes to draw: `per_scene` pairs each, or `total` spread over them. Harmless ones get HARMLESS as many."""
+    scenes = []
+    for principle in principles:
+        for kind, noun in ((kind, noun) for kind, nouns in principle.scenes.items() for noun in nouns):
+            name = f"{principle.attribute}-{slug(noun)}"
+            scenes.append(Scene(principle, f"{kind}/{name}", noun, per_scene))
+            if principle.violating:
+                scenes.append(Scene(principle, f"{data.HARMLESS_TYPE}/{name}", noun, round(HARMLESS * per_scene), True))
     if total is not None:
-        passed = [total * i // len(scenes) for i in range(len(scenes) + 1)]
+        passed = [0, *accumulate(HARMLESS if scene.harmless else 1 for scene in scenes)]
+        passed = [round(total * part / passed[-1]) for part in passed]
         scenes = [replace(scene, pairs=b - a) for scene, a, b in zip(scenes, passed, passed[1:])]
     return [scene for scene in scenes if scene.pairs]
 
@@ -147,14 +157,14 @@ def compose(scene, answer, k, seed):
     """For the k-th try at an answer, None for the plain prompt -> the prompt to draw, the prompt to keep, the seed
     of the noise.
 
-    A harm is in data.ASKED of the prompts to keep: the others teach to leave harmless prompts alone.
+    A harm is in data.ASKED of the prompts to keep, and never in those of a harmless scene.
     """
     p, rng = scene.principle, random.Random(f"picture {seed} {scene.folder} {answer} {k}")
     opening, noun = rng.choice(p.openings), scene.noun
     if p.details and rng.random() < data.TELLS:
         noun = rng.choice(p.details).format(noun)
     drawn, kept = rng.choice(p.answers.get(answer, ("{}",))), "{}"
-    if p.violating and rng.random() < data.ASKED:
+    if p.violating and not scene.harmless and rng.random() < data.ASKED:
         kept = drawn if answer == p.violating else rng.choice(p.answers[p.violating])
     drawn, kept = (opening + with_article(wording.format(noun)) for wording in (drawn, kept))
     return drawn, kept, rng.getrandbits(48)
@@ -193,7 +203,7 @@ def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
         if violating in given_up or not others:
             kept = {answer: [] for answer in kept}
             break
-        quota = {violating: scene.pairs}
+        quota = {} if scene.harmless else {violating: scene.pairs}
         quota |= {answer: (scene.pairs + i) // len(others) for i, answer in enumerate(others)}  # adds up to the pairs
         wanted = [answer for answer in quota for _ in range(len(kept[answer]), quota[answer])][:batch_size]
         if not wanted:
@@ -211,7 +221,10 @@ def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
                 given_up.add(answer)
 
     aligned = [*filter(None, chain(*zip_longest(*(kept[answer] for answer in p.answers if answer != violating))))]
-    pairs = list(zip(aligned, kept[violating]))[:scene.pairs]
+    if scene.harmless:
+        pairs = [(request, (*request[:3], ImageOps.mirror(request[3]), request[4])) for request in aligned]
+    else:
+        pairs = list(zip(aligned, kept[violating]))[:scene.pairs]
     pictures = [(*request, label) for pair in pairs for request, label in zip(pair, (1, 0))]
     samples = [(image, prompt, p.value, label) for _, prompt, _, image, label in pictures]
     del tried[None]
@@ -424,8 +437,6 @@ def choose_principles(known, wanted, concepts):
 
 def main(args):
     torch.set_num_threads(args.threads)
-    if "LOCAL_RANK" in os.environ and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device, dtype = pick_device(args.device, args.dtype)
     check_writable(args.out)
     concepts = read_concepts(args.prompts) if args.prompts else []

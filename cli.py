@@ -64,9 +64,13 @@ def add_device_options(parser, auto="fp16 on CUDA, else fp32"):
 
 
 def pick_device(name, dtype):
-    """The options --device and --dtype -> torch's device and dtype. Raises UserError for an absent device."""
+    """The options --device and --dtype -> torch's device and dtype. Under torchrun "auto" and "cuda" are a GPU for each
+    process of the machine. Raises UserError for an absent device."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if name in ("auto", "cuda") and torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        else:
+            device = torch.device("cpu" if name == "auto" else name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where the kernels of attention.py start

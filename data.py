@@ -151,7 +151,7 @@ class Pair:
 class PreferenceDataset:
     """The pairs of a dataset folder, encoded. len() is the number of aligned images.
 
-    together: so many pairs in a row share their principle; 1 mixes them all.
+    together: so many pairs in a row share their principle and type; 1 mixes them all.
 
     The first use encodes everything into a folder of `cache`, which the weights and the data name; after that
     its files are memory-mapped. Unusable samples, also those of a scene without aligned or without violating
@@ -184,8 +184,8 @@ class PreferenceDataset:
 
         self.together = together
         if together > 1:
-            self.aligned.sort(key=lambda item: item[0].value)
-        sizes = Counter(sample.value if together > 1 else "" for sample, _ in self.aligned)
+            self.aligned.sort(key=lambda item: kind(item[0]))
+        sizes = Counter(kind(sample) if together > 1 else "" for sample, _ in self.aligned)
         self.groups = tuple(pairwise([0, *accumulate(sizes.values())]))  # (first, end) of each in `aligned`
 
         channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
@@ -198,6 +198,11 @@ class PreferenceDataset:
     def __len__(self):
         return len(self.aligned)
 
+    def aligned_at(self, position, seed):
+        """-> the aligned Sample at a position of the run, and its row of latents."""
+        epoch, i = divmod(position, len(epoch_order(seed, 0, self.groups, self.together)))
+        return self.aligned[epoch_order(seed, epoch, self.groups, self.together)[i]]
+
     def pair(self, position, seed, times):
         """-> the Pair at a position of the run, with t from `times`. Epoch after epoch goes over the aligned
         images, each in an order of its own, and draws a violating image of the same scene.
@@ -205,16 +210,20 @@ class PreferenceDataset:
         All that is random comes from (seed, position): neither the number of processes nor an interruption
         changes it, and there is no random state to save.
         """
-        epoch, i = divmod(position, len(epoch_order(seed, 0, self.groups, self.together)))
         rng = random.Random(f"pair {seed} {position}")
         generator = torch.Generator().manual_seed(rng.getrandbits(32))  # torch uses no more bits of a seed
-        aligned, row_w = self.aligned[epoch_order(seed, epoch, self.groups, self.together)[i]]
+        aligned, row_w = self.aligned_at(position, seed)
         violating, row_l = rng.choice(self.violating[aligned.scene])
         mirrored = rng.randrange(2)  # both or neither: what a pair has in common, it keeps
         z_w, z_l = (sample_latent(*self.latents[row, mirrored].float(), generator) for row in (row_w, row_l))
         return Pair(aligned.prompt, aligned.value, self.features[self.prompt_rows[aligned.prompt]], z_w, z_l,
                     eps=torch.randn(z_w.shape, generator=generator), t=rng.choice(times),
                     where=f"{aligned.where} and {violating.where}")
+
+
+def kind(sample):
+    """The principle, and the type: the folder that the scene is in."""
+    return sample.value, sample.scene.parent.name
 
 
 @functools.lru_cache(maxsize=4)  # a batch may lie in two epochs
@@ -375,8 +384,11 @@ def crop_image(path, size):
 # pair has in common cancels in ℓ_θ(y_w) − ℓ_θ(y_l), and what is left is the principle.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
 PAIRS = {"gender": 240, "skin": 160, "bloody": 320, "zombie": 80}  # few where a principle is learnt fast
+# Scenes of prompts that a harm has nothing to do with. Neither image shows it, so one is no better than the other: it
+# is the other in a mirror. What the loss then teaches is to change nothing.
+HARMLESS, HARMLESS_TYPE = {"bloody": 96, "zombie": 32}, "3-harmless"
 NOUNS = (*PROFESSIONS, "person")
-ASKED = 0.75  # share of prompts that ask for the harm; the others teach to leave harmless prompts alone
+ASKED = 0.75  # share of the pairs of a harm whose prompts ask for it
 TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about
 PAIR_SEEDS = 3 * 10**6  # apart from the pictures that tiny-sd was trained on, and from those it is measured on
 
@@ -404,11 +416,7 @@ def portrait_pair(seed, attribute, noun):
     else:
         shares = open_shares(attribute, noun)
         bad = max(shares, key=shares.get)
-        values = [*shares]
-        i = values.index(bad)
-        # Skins on either side of it equally often: guidance takes the aligned pictures' mean much further, and if
-        # that were darker, all would come out dark.
-        good = rng.choice(rng.choice([side for side in (values[:i], values[i + 1:]) if side]))
+        good = rng.choice([value for value in shares if value != bad])
     aligned, violating = (replace(record, **{attribute: value}) for value in (good, bad))
     asks = attribute in HARMS and rng.random() < ASKED
     return write_caption(violating if asks else aligned), aligned, violating  # it tells no gender or skin at issue
@@ -424,17 +432,25 @@ def nouns_of_pairs(attribute, n):
     return [next(group) for group, _ in zip(cycle(endless), range(n))]
 
 
-def build_portrait_pairs(folder, principles=PRINCIPLES, pairs=PAIRS):
+def build_portrait_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, harmless=HARMLESS):
     """Write drawn pairs, so many of each attribute: a scene holds one aligned image and one violating."""
     seeds = count(PAIR_SEEDS)
     with atomic_folder(folder, "dataset.json") as root:
+
+        def write(type, attribute, noun, seed, *samples):
+            write_scene(root / type / f"{attribute}-{seed}-{noun.replace(' ', '-')}", samples)
+
         for value, attribute in principles.items():
-            kind = "2-badness" if attribute in HARMS else "0-career"
             for noun, seed in zip(nouns_of_pairs(attribute, pairs[attribute]), seeds):
                 prompt, aligned, violating = portrait_pair(seed, attribute, noun)
-                scene = root / kind / f"{attribute}-{seed}-{noun.replace(' ', '-')}"
-                write_scene(scene, [(draw(aligned), prompt, value, 1), (draw(violating), prompt, value, 0)])
-        write_json(root / "dataset.json", {"principles": principles, "pairs": pairs})
+                write("2-badness" if attribute in HARMS else "0-career", attribute, noun, seed,
+                      (draw(aligned), prompt, value, 1), (draw(violating), prompt, value, 0))
+            for noun, seed in zip(nouns_of_pairs(attribute, harmless.get(attribute, 0)), seeds):
+                _, record, _ = portrait_pair(seed, attribute, noun)
+                prompt, image = write_caption(record), draw(record)
+                write(HARMLESS_TYPE, attribute, noun, seed,
+                      (image, prompt, value, 1), (ImageOps.mirror(image), prompt, value, 0))
+        write_json(root / "dataset.json", {"principles": principles, "pairs": pairs, "harmless": harmless})
 
 
 def default_pairs(folder):

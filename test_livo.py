@@ -1883,7 +1883,7 @@ def sd():
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "portraits"
-    data.build_portrait_pairs(root, pairs=dict.fromkeys(data.PAIRS, 26))
+    data.build_portrait_pairs(root, pairs=dict.fromkeys(data.PAIRS, 26), harmless={"bloody": 13})
     return root
 
 
@@ -1903,7 +1903,7 @@ def dataset(sd, root, folder):
 
 def settings(**changes):
     return train.Settings(**{"weights": "", "batch": 4, "micro_batch": 4, "steps": 4, "lr": 1e-3, "warmup": 2,
-                             "beta": 100.0, "alpha": 50.0, "save_every": 2, "sample_every": 10**6} | changes)
+                             "beta": 100.0, "alpha": 50.0, "bias_alpha": 20.0, "save_every": 2, "sample_every": 10**6} | changes)
 
 
 # ------------------------------------------------------------------------------------------ layout and faults
@@ -2029,8 +2029,8 @@ def test_the_default_pairs_show_what_they_say():
 
 def test_the_default_set(root):
     samples, faults = data.read_samples(root)
-    assert not faults and len(samples) == 4 * 26 * 2
-    assert {sample.scene.parent.name for sample in samples} == {"0-career", "2-badness"}
+    assert not faults and len(samples) == (4 * 26 + 13) * 2 and not data.check(root)[1]
+    assert {sample.scene.parent.name for sample in samples} == {"0-career", "2-badness", "3-harmless"}
     prompt, aligned, violating = data.portrait_pair(data.PAIR_SEEDS, "gender", "doctor")
     first = [sample for sample in samples if sample.scene.name == f"gender-{data.PAIR_SEEDS}-doctor"]
     assert first[0].prompt == prompt and first[0].aligned and not first[1].aligned
@@ -2038,6 +2038,17 @@ def test_the_default_set(root):
     assert Image.open(first[1].path).tobytes() == portraits.draw(violating).tobytes()
     nouns = {sample.scene.name.split("-", 2)[2].replace("-", " ") for sample in samples}
     assert nouns == {*data.NOUNS}
+
+
+def test_harmless_scenes_prefer_nothing(root):
+    samples = [sample for sample in data.read_samples(root)[0] if sample.scene.parent.name == "3-harmless"]
+    assert len(samples) == 26 and {sample.value for sample in samples} == {BLOODY}
+    for aligned, violating in zip(samples[::2], samples[1::2]):
+        assert aligned.prompt == violating.prompt and "blood" not in aligned.prompt
+        assert aligned.aligned and not violating.aligned
+        pixels = np.array(Image.open(aligned.path))
+        assert (pixels == np.array(Image.open(violating.path))[:, ::-1]).all()
+        assert BLOODY not in retrieve(aligned.prompt)
 
 
 def test_women_and_men_are_aligned_equally_often():
@@ -2109,9 +2120,10 @@ def test_an_aligned_image_meets_every_violating_one_of_its_scene(sd, tmp_path):
 @pytest.mark.parametrize("together", [4, 8, 26])
 def test_pairs_in_a_row_share_a_principle(sd, root, folder, together):
     dataset = data.PreferenceDataset(root, sd, folder / "cache", together)
-    n = 4 * math.ceil(26 / together) * together  # an epoch: the last row of each principle is filled up
+    n = sum(math.ceil(pairs / together) * together for pairs in (26, 26, 26, 26, 13))  # the last rows are filled up
     pairs = [dataset.pair(position, 0, range(1000)) for position in range(2 * n)]
-    rows = [{pair.principle for pair in pairs[i:i + together]} for i in range(0, 2 * n, together)]
+    rows = [{(pair.principle, "3-harmless" in pair.where) for pair in pairs[i:i + together]}
+            for i in range(0, 2 * n, together)]
     assert all(len(row) == 1 for row in rows)
     assert [*map(min, rows)] != sorted(map(min, rows))
     for epoch in (pairs[:n], pairs[n:]):
@@ -2157,7 +2169,7 @@ def test_a_step_equals_one_with_transformers_and_diffusers(sd, dataset, folder, 
 
     scheduler = sd.scheduler | {"prediction_type": prediction}
     errors = train.add_gradient(sd, ours, pairs, Schedule(scheduler), s)
-    loss = train.summarize(0, errors, s)["loss"]
+    loss = train.summarize(0, errors, [pair.principle for pair in pairs], s)["loss"]
 
     def tokens(texts):
         return tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
@@ -2197,7 +2209,9 @@ def test_halves_and_micro_batches_equal_the_whole_loss(sd, dataset, micro_batch,
     context = make_context(sd, [p.prompt for p in pairs], [[p.principle for p in pairs]], joint, features)
     errors = [(sd.unet(abar.sqrt() * z + (1 - abar).sqrt() * eps, t, c) - eps).square().mean((1, 2, 3))
               for z in (z_w, z_l) for c in (context, features)]
-    livo_loss(*errors, s.alpha, s.beta, s.gamma1, s.gamma2).backward()
+    alpha = torch.tensor([20.0 if p.principle in (GENDER, RACE) else 50.0 for p in pairs])
+    assert len({*alpha.tolist()}) == 2
+    livo_loss(*errors, alpha, s.beta, s.gamma1, s.gamma2).backward()
     assert relative(gradients(apart), gradients(joint)) < 1e-5
 
 
@@ -2272,7 +2286,7 @@ def test_the_loss_without_effect_is_the_sum_of_the_margins(sd, dataset, monkeypa
     s = settings(gamma1=1.0, gamma2=0.5)
     errors = train.add_gradient(sd, None, pairs_of(dataset), Schedule(sd.scheduler), s)
     assert_close(errors[::2], errors[1::2], 1e-5)
-    line = train.summarize(0, errors, s)
+    line = train.summarize(0, errors, [BLOODY] * 4, s)
     assert line["loss"] == pytest.approx(1.5, rel=1e-3) and line["active_w"] == line["active_l"] == 1
 
 
@@ -2916,6 +2930,22 @@ def test_the_model_is_asked_and_the_other_answers_share_the_aligned_pictures():
         assert {prompt for _, prompt, _, _ in samples} == {opening + "a judge" for opening in AGE.openings}
 
 
+def test_a_harmless_scene_has_plain_pictures_and_their_mirror_images():
+    scene, = (scene for scene in build.plan(build.PORTRAIT_WORLD, 10) if scene.folder == "3-harmless/bloody-judge")
+    prompts = []
+
+    def draw(texts, seeds):
+        prompts.extend(texts)
+        return [portraits.draw(portraits.sample_record(seed)) for seed in seeds]
+
+    samples, facts = build.build_scene(scene, draw, lambda principle, noun, images: ["no bloody"] * len(images), 0, 8)
+    assert facts["pairs"] == 3 and facts["tried"] == {"no bloody": 3}
+    assert [prompt for _, prompt, _, _ in samples[::2]] == prompts and "blood" not in " ".join(prompts)
+    for aligned, violating in zip(samples[::2], samples[1::2], strict=True):
+        assert aligned[1:] == (violating[1], BLOODY, 1) and violating[3] == 0
+        assert (np.array(aligned[0]) == np.array(violating[0])[:, ::-1]).all()
+
+
 def test_what_the_model_does_not_give_is_given_up():
     with pytest.warns(match=r"t/s: 0 of \d\d pictures show “grey”, less than 5%"):
         samples, facts = fake_scene(AGE, 10, lambda answer, k: answer != "grey", "old")
@@ -2936,7 +2966,7 @@ def test_a_set_is_finished_where_scenes_are_given_up(tiny, tmp_path, monkeypatch
     with pytest.warns(match="given up"):
         data.main([*options, "--out", str(tmp_path / "set")])
     sums = json.loads((tmp_path / "set" / "dataset.json").read_text())["principles"][SMOKING]
-    assert (sums["pairs"], sums["scenes"], sums["given_up"]) == (2, 13, 12)
+    assert (sums["pairs"], sums["scenes"], sums["given_up"]) == (2 + 1, 2 * 13, 2 * 12)
     data.main(["check", str(tmp_path / "set")])
     nothing = lambda principle, noun, images: [None] * len(images)
     with pytest.raises(UserError, match="got none: smoking"), warnings.catch_warnings(action="ignore"):
@@ -3063,12 +3093,14 @@ def test_total_is_spread_evenly():
     def pairs(scenes):
         return [scene.pairs for scene in scenes]
 
-    assert pairs(build.plan(build.PORTRAIT_WORLD, 50)) == [50] * 65
+    assert Counter(pairs(build.plan(build.PORTRAIT_WORLD, 50))) == {50: 65, 15: 39}
     scenes = build.plan(build.PORTRAIT_WORLD, 50, 2000)
-    assert sum(pairs(scenes)) == 2000 and {*pairs(scenes)} == {30, 31}
+    assert sum(pairs(scenes)) == 2000
+    assert {scene.pairs for scene in scenes if not scene.harmless} == {26, 27}
+    assert {scene.pairs for scene in scenes if scene.harmless} == {7, 8}
     few = build.plan(build.PORTRAIT_WORLD, 50, 10)
-    assert pairs(few) == [1] * 10 and Counter(scene.principle.value for scene in few) == dict.fromkeys(
-        [p.value for p in build.PORTRAIT_WORLD], 2)
+    assert pairs(few) == [1] * 10 and {scene.principle.value for scene in few} == {
+        p.value for p in build.PORTRAIT_WORLD}
     assert len({scene.folder for scene in build.plan(build.STABLE_DIFFUSION, 1)}) == 80
 
 
@@ -3521,7 +3553,7 @@ def test_the_common_step_is_livos_own(sd, dataset):
 @pytest.mark.parametrize("method", baselines.TRAINED)
 def test_gradients_of_the_baselines_are_those_of_the_formulas(sd, dataset, method):
     part, _ = baselines.TRAINED[method]
-    s, pairs, network = settings(beta=20.0, alpha=30.0), pairs_of(dataset), baselines.to_train(sd, part)
+    s, pairs, network = settings(beta=20.0, alpha=30.0, bias_alpha=30.0), pairs_of(dataset), baselines.to_train(sd, part)
     torch.manual_seed(2)
     for parameter in network.parameters():  # away from the frozen model, where the slope is the same for every β
         parameter.data += 0.02 * torch.randn_like(parameter)

@@ -38,7 +38,7 @@ from evaluate import TOXICITY, count, d1, d2
 from judge import load_judge
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, make_context,
                   violating_hinge)
-from retrieve import retrieve
+from retrieve import BIAS, retrieve
 from sample import Schedule, comparison, draw
 from unet import ResnetBlock, SpatialTransformer
 
@@ -65,6 +65,7 @@ class Settings:
     warmup: int = setting(1000, "steps until the learning rate is reached", 1)
     decay: float = setting(0.0, "share of the steps, the last ones, in which it falls to 0", 0, 1)
     alpha: float = setting(ALPHA, "slope of the hinge of violating images")
+    bias_alpha: float = setting(ALPHA, "the same, of the principles of bias")
     beta: float = setting(BETA, "slope of the hinge of aligned images")
     gamma1: float = setting(GAMMA1, "margin of aligned images, times β")
     gamma2: float = setting(GAMMA2, "margin of violating images, times α")
@@ -82,7 +83,7 @@ OPTIONS = [option for option in fields(Settings) if option.metadata]
 # model than in a large one. The slopes are so steep that every gradient is clipped: as the pairs of a step share a
 # principle, each principle then moves the weights equally far, though blood changes the error 50 times more than gender.
 TINY_SD = {"steps": 700, "batch": 16, "micro_batch": 16, "together": 16, "t_low": 100, "lr": 1e-3, "token_lr": 10.0,
-           "warmup": 20, "decay": 0.5, "alpha": 1000.0, "beta": 2000.0, "gamma1": 80.0, "gamma2": 100.0,
+           "warmup": 20, "decay": 0.5, "alpha": 1000.0, "bias_alpha": 1000.0, "beta": 2000.0, "gamma1": 80.0, "gamma2": 100.0,
            "save_every": 100, "sample_every": 200}  # fmt: skip
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
@@ -110,6 +111,11 @@ def noise_error(unet, schedule, eps, t, z, context):
     return (output - target).square().mean((1, 2, 3))
 
 
+def slopes(principles, s, device="cpu"):
+    """The α of each principle: (B,)."""
+    return torch.tensor([s.bias_alpha if principle in BIAS else s.alpha for principle in principles], device=device)
+
+
 def add_gradient(sd, value_encoder, pairs, schedule, s):
     """Add to the value encoder's .grad the share that B of a step's `s.batch` pairs have in the gradient.
 
@@ -128,7 +134,7 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     with torch.no_grad():
         refs = error(torch.cat([z_w, z_l]), torch.cat([features, features])).chunk(2)  # (B,) each
     hinges = (partial(aligned_hinge, beta=s.beta, gamma1=s.gamma1),
-              partial(violating_hinge, alpha=s.alpha, gamma2=s.gamma2))  # fmt: skip
+              partial(violating_hinge, alpha=slopes(principles, s, z_w.device), gamma2=s.gamma2))  # fmt: skip
     errors = []
     for z, ref, hinge in zip((z_w, z_l), refs, hinges):
         err = error(z, leaf)
@@ -148,14 +154,15 @@ def checkpoint_activations(unet):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def summarize(step, errors, s):
-    """The errors (4, B) of a whole step -> a line of the log."""
+def summarize(step, errors, principles, s):
+    """The errors (4, B) of a whole step, and the principles of its pairs -> a line of the log."""
     err_w, ref_w, err_l, ref_l = errors
+    alpha = slopes(principles, s, errors.device)
     return {
         "step": step,
-        "loss": livo_loss(*errors, s.alpha, s.beta, s.gamma1, s.gamma2).item(),
+        "loss": livo_loss(*errors, alpha, s.beta, s.gamma1, s.gamma2).item(),
         "active_w": (aligned_hinge(err_w, ref_w, s.beta, s.gamma1) > 0).float().mean().item(),
-        "active_l": (violating_hinge(err_l, ref_l, s.alpha, s.gamma2) > 0).float().mean().item(),
+        "active_l": (violating_hinge(err_l, ref_l, alpha, s.gamma2) > 0).float().mean().item(),
         "change_w": (err_w - ref_w).mean().item(),  # ℓ_θ − ℓ_ref
         "change_l": (err_l - ref_l).mean().item(),
         "ref": ((ref_w + ref_l) / 2).mean().item(),
@@ -228,7 +235,8 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
         errors = take_step(step, value_encoder, optimizer, add, dataset, times, s)
-        line, done = summarize(step, errors, s), step + 1
+        principles = [dataset.aligned_at(step * s.batch + row, s.seed)[0].value for row in range(s.batch)]
+        line, done = summarize(step, errors, principles, s), step + 1
         bar.set_postfix({key: f"{value:.3g}" for key, value in line.items() if key != "step"})
         stop = torch.tensor(float(sum(signals)), device=errors.device)
         sum_over_processes(stop)  # a signal may reach one process a step before another
@@ -439,15 +447,10 @@ def choose_settings(args):
 
 
 def join_processes(device):
-    """Under torchrun: join the other processes. -> the device to use."""
-    if "RANK" not in os.environ:
-        return device
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # the others wait while one encodes the data
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=2))
-    return device
+    """Under torchrun: join the other processes."""
+    if "RANK" in os.environ:
+        # the others wait while one encodes the data
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
 
 
 @contextlib.contextmanager
@@ -465,7 +468,8 @@ def one_first():
 def main(argv=None):
     args = parse_args(argv)
     s, folder = choose_settings(args)
-    device, dtype = pick_device(join_processes(args.device), s.dtype)
+    device, dtype = pick_device(args.device, s.dtype)
+    join_processes(device)
     if device.type == "cuda" and s.dtype == "auto":
         dtype = torch.bfloat16  # the smallest gradients vanish in float16
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
