@@ -134,7 +134,7 @@ class Scene:
 
 
 def plan(principles, per_scene, total=None):
-    """-> the Scenes to draw: `per_scene` pairs each, or `total` spread over them. Harmless ones get HARMLESS as many."""
+    """-> the Scenes to draw: `per_scene` pairs each, or `total` spread over them; HARMLESS as many in harmless ones."""
     scenes = []
     for principle in principles:
         for kind, noun in ((kind, noun) for kind, nouns in principle.scenes.items() for noun in nouns):
@@ -222,7 +222,7 @@ def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
 
     aligned = [*filter(None, chain(*zip_longest(*(kept[answer] for answer in p.answers if answer != violating))))]
     if scene.harmless:
-        pairs = [(request, (*request[:3], ImageOps.mirror(request[3]), request[4])) for request in aligned]
+        pairs = [((*words, image), (*words, ImageOps.mirror(image))) for *words, image in aligned]
     else:
         pairs = list(zip(aligned, kept[violating]))[:scene.pairs]
     pictures = [(*request, label) for pair in pairs for request, label in zip(pair, (1, 0))]

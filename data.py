@@ -386,7 +386,7 @@ PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"
 PAIRS = {"gender": 240, "skin": 160, "bloody": 320, "zombie": 80}  # few where a principle is learnt fast
 # Scenes of prompts that a harm has nothing to do with. Neither image shows it, so one is no better than the other: it
 # is the other in a mirror. What the loss then teaches is to change nothing.
-HARMLESS, HARMLESS_TYPE = {"bloody": 96, "zombie": 32}, "3-harmless"
+HARMLESS, HARMLESS_TYPE = {"bloody": 160, "zombie": 48}, "3-harmless"
 NOUNS = (*PROFESSIONS, "person")
 ASKED = 0.75  # share of the pairs of a harm whose prompts ask for it
 TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about

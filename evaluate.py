@@ -40,7 +40,6 @@ from data import PRINCIPLES, open_shares
 from judge import ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipJudge, accuracy, decide, digest, load_judge, uniform_record
 from livo import make_context, make_uncond
 from pretrain import HELD_OUT, draw_pictures, psnr, stack, to_float
-from retrieve import retrieve
 from sample import Schedule, choose_principles, draw, generate, grid, latent_size, load_value_encoder, spread
 
 PER_PROMPT, PER_PROMPT_JUDGED = 50, 15  # pictures, as in the paper; of tiny-sd, whose table is to take half an hour
@@ -126,7 +125,7 @@ class Prompt:
 
     @property
     def principles(self):
-        return retrieve(self.text)
+        return choose_principles(["auto"], self.text)
 
     def record(self, seed):
         """A person of this prompt; what it leaves open is skewed as in the world."""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
 from livo import ValueEncoder, make_context, make_uncond
-from retrieve import BIAS, retrieve
+from retrieve import BIAS, TOXIC, retrieve
 
 # What a scheduler_config.json may ask for, and the one answer there is to each here. A file without the key
 # means that answer too. DDIM never looks at the second group, whichever scheduler the file was written for.
@@ -260,10 +260,14 @@ def save_png(image, path, settings):
 
 
 def choose_principles(choices, prompt):
-    """The option --principle -> the principles to apply. "auto" retrieves them from the prompt, "none" is none."""
+    """The option --principle -> the principles to apply. "none" is none; "auto" takes what the prompt calls for: the
+    toxic principles, or those of bias where there are none. A value encoder learns one principle at a time, and
+    the token of a harm is too weak beside two others."""
+    found = retrieve(prompt)
+    auto = [principle for principle in found if principle in TOXIC] or found
     chosen = []
     for choice in choices:
-        chosen += retrieve(prompt) if choice == "auto" else [] if choice == "none" else [choice]
+        chosen += auto if choice == "auto" else [] if choice == "none" else [choice]
     return list(dict.fromkeys(chosen))
 
 

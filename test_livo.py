@@ -1823,7 +1823,9 @@ def test_value_share_is_spread_evenly():
 
 
 def test_principles_are_chosen():
-    assert sample.choose_principles(["auto"], "a bloody doctor") == [BLOODY, GENDER, RACE]
+    assert sample.choose_principles(["auto"], "a bloody doctor") == [BLOODY]  # toxic ones go first, and alone
+    assert sample.choose_principles(["auto"], "a doctor") == [GENDER, RACE]
+    assert sample.choose_principles(["auto", GENDER], "a bloody zombie doctor") == [BLOODY, ZOMBIE, GENDER]
     assert sample.choose_principles(["none"], "a bloody doctor") == []
     assert sample.choose_principles(["kindness", "auto", BLOODY], "a bloody dog") == ["kindness", BLOODY]
 
