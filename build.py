@@ -9,7 +9,7 @@ Concepts ("doctor") → prompts with an answer written in ("a photo of a female 
 classifier keeps those that show the answer → by the principle they are aligned or violating. The prompt that is
 kept has no answer in it. For a bias principle the model itself is asked first, with plain prompts, which answer it
 over-produces: that one violates, all others are aligned, and nobody is named a minority here. A harm gets harmless
-scenes too, as in data.HARMLESS: pictures of plain prompts, with their mirror images, for the principle to leave alone.
+scenes too, as in data.HARMLESS: pictures of plain prompts, each aligned and violating, for the principle to leave alone.
 
 A scene, one concept of one principle, is drawn as a whole and written at once. All that is random in it comes from
 the seed and its name, so that an interruption or another division among processes changes no byte. A new principle
@@ -30,7 +30,6 @@ from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 
 import torch
-from PIL import ImageOps
 from tqdm import tqdm
 
 import data
@@ -222,7 +221,7 @@ def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
 
     aligned = [*filter(None, chain(*zip_longest(*(kept[answer] for answer in p.answers if answer != violating))))]
     if scene.harmless:
-        pairs = [((*words, image), (*words, ImageOps.mirror(image))) for *words, image in aligned]
+        pairs = [(request, request) for request in aligned]
     else:
         pairs = list(zip(aligned, kept[violating]))[:scene.pairs]
     pictures = [(*request, label) for pair in pairs for request, label in zip(pair, (1, 0))]

@@ -320,7 +320,8 @@ def check(root):
         except Exception as error:  # a damaged file can raise anything in Pillow
             faults.append(f"{where}: {sample.path.name} is no readable image: {error}")
             continue
-        if (first := seen.setdefault((sample.value, pixels), where)) != where:
+        copies = sample.value, pixels, sample.scene.parent.name == HARMLESS_TYPE and sample.aligned
+        if (first := seen.setdefault(copies, where)) != where:
             faults.append(f"{where}: {sample.path.name} is the same picture as that of {first}")
         labels.setdefault(scene, set()).add(sample.aligned)
         nothing = {"aligned": 0, "violating": 0, "scenes": set(), "prompts": set()}
@@ -384,9 +385,9 @@ def crop_image(path, size):
 # pair has in common cancels in ℓ_θ(y_w) − ℓ_θ(y_l), and what is left is the principle.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
 PAIRS = {"gender": 240, "skin": 160, "bloody": 320, "zombie": 80}  # few where a principle is learnt fast
-# Scenes of prompts that a harm has nothing to do with. Neither image shows it, so one is no better than the other: it
-# is the other in a mirror. What the loss then teaches is to change nothing.
-HARMLESS, HARMLESS_TYPE = {"bloody": 160, "zombie": 48}, "3-harmless"
+# Scenes of prompts that a harm has nothing to do with: one picture, which does not show it, is both y_w and y_l. What
+# the loss then teaches is to change nothing.
+HARMLESS, HARMLESS_TYPE = {"bloody": 320, "zombie": 48}, "3-harmless"
 NOUNS = (*PROFESSIONS, "person")
 ASKED = 0.75  # share of the pairs of a harm whose prompts ask for it
 TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about
@@ -449,7 +450,7 @@ def build_portrait_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, harmless=HA
                 _, record, _ = portrait_pair(seed, attribute, noun)
                 prompt, image = write_caption(record), draw(record)
                 write(HARMLESS_TYPE, attribute, noun, seed,
-                      (image, prompt, value, 1), (ImageOps.mirror(image), prompt, value, 0))
+                      (image, prompt, value, 1), (image, prompt, value, 0))
         write_json(root / "dataset.json", {"principles": principles, "pairs": pairs, "harmless": harmless})
 
 

@@ -1851,9 +1851,9 @@ def test_compare_and_principle_from_the_command(tmp_path, capsys):
         sd = weights.load(TOKENIZER.parent)
         weights.save_text_encoder(sd.text_encoder, tmp_path / "value_encoder")
         common += ["--value-encoder", str(tmp_path / "value_encoder")]
-    sample.main([*common, "--compare"])
+    sample.main([*common, "--compare", "--principle", "auto", "--principle", GENDER])
     assert "zombie considered inappropriate, gender equality" in capsys.readouterr().out
-    assert Image.open(folder / "0001.png").text["principle"] == f"{ZOMBIE}, {GENDER}, {RACE}"
+    assert Image.open(folder / "0001.png").text["principle"] == f"{ZOMBIE}, {GENDER}"
     assert Image.open(folder / "0000.png").text["principle"] == ZOMBIE
     with_value = Image.open(folder / "0000.png").tobytes()
     assert Image.open(folder / "compare.png").size[1] == 2 * (64 + 16)
@@ -2167,7 +2167,7 @@ def test_a_step_equals_one_with_transformers_and_diffusers(sd, dataset, folder, 
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "model" / "tokenizer")
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "model" / "unet").requires_grad_(False)
     noise = diffusers.DDIMScheduler.from_pretrained(folder / "model" / "scheduler", prediction_type=prediction)
-    s, pairs = settings(beta=1000.0, alpha=500.0, gamma1=1.0, gamma2=0.5), pairs_of(dataset)
+    s, pairs = settings(beta=1000.0, alpha=500.0, bias_alpha=500.0, gamma1=1.0, gamma2=0.5), pairs_of(dataset)
 
     scheduler = sd.scheduler | {"prediction_type": prediction}
     errors = train.add_gradient(sd, ours, pairs, Schedule(scheduler), s)
@@ -2878,13 +2878,16 @@ def tree(folder):
 
 def test_a_built_set_shows_what_its_labels_say(built, stub):
     about = json.loads((built / "dataset.json").read_text())
-    assert {value: sums["pairs"] for value, sums in about["principles"].items()} == {RACE: 10, SMOKING: 10}
+    assert {value: sums["pairs"] for value, sums in about["principles"].items()} == {RACE: 9, SMOKING: 11}  # two of them harmless
     answers = {principle.value: principle for principle in build.PORTRAIT_WORLD}
     samples, faults = data.read_samples(built)
     assert not faults and len(samples) == 40 and about["settings"]["sha256"] != about["settings"]["classifier"]
     for one in samples:
         facts = about["scenes"][one.scene.relative_to(built).as_posix()]
         reading, = stub(answers[one.value], "", [Image.open(one.path)])
+        if one.scene.parent.name == data.HARMLESS_TYPE:  # neither shows it; one is the mirror image
+            assert facts["violating"] == "smoking" and facts["tried"].keys() == {"no smoking"}
+            continue
         assert one.aligned == (reading != facts["violating"])
         made = json.loads((one.scene / "scene.json").read_text())["files"][int(one.path.stem)]
         if one.value == RACE:  # the answer is written into the prompt to draw, not into the one that is kept
@@ -3061,7 +3064,8 @@ def test_clip_reads_pictures_of_other_models(tiny, tmp_path, monkeypatch):
     assert ("a photo of the face of a plumber, female", "a photo of the face of a plumber, male") in asked
     assert ("a photo of a bride", "a photo of a bride, zombie") in asked
     samples, _ = data.read_samples(tmp_path / "set")
-    assert {s.scene.parent.name for s in samples} == {"0-career", "1-goodness", "2-badness", "3-toxic", "4-own"}
+    assert {s.scene.parent.name for s in samples} == {"0-career", "1-goodness", "2-badness", "3-toxic", "3-harmless",
+                                                         "4-own"}
     assert [s.scene.name for s in samples if "doctor" in s.scene.name and s.value == GENDER] == ["gender-doctor"] * 2
     assert all(s.path.suffix == ".jpg" and Image.open(s.path).format == "JPEG" for s in samples)
     data.main(["check", str(tmp_path / "set")])
@@ -3439,7 +3443,7 @@ def test_prompts_from_a_file(tmp_path):
     path.write_text("\n".join(lines))
     read = {prompt.text: prompt.principles for prompt in evaluate.read_prompts(path, None)}
     assert read == {"a photo of a doctor": (GENDER, RACE), "a photo of a nurse": (RACE,), "a cat": (),
-                    "a bloody nurse": (BLOODY, GENDER, RACE)}
+                    "a bloody nurse": (BLOODY,)}
     chosen = [prompt.principles for prompt in evaluate.read_prompts(path, ["none", GENDER])]
     assert chosen == [(GENDER,)] * 4
     refused("nothing.jsonl: expected a file of prompts, got No such file", evaluate.read_prompts,
