@@ -41,7 +41,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 import weights
 from attention import attend, has_kernels
-from cli import Parser, UserError, add_device_options, atomic, number, pick_device, run
+from cli import (Parser, UserError, add_device_options, atomic, keep_freed_memory, number, pick_device,
+                 run)
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data import Pair
 from livo import ALPHA, BETA, ValueEncoder, encode_prompts, make_context, make_uncond
@@ -101,6 +102,7 @@ def sdpa(q, k, v, heads):
 def bench_attention(model, args):
     """Self- and cross-attention of every level, forward and with the gradients of q, k and v."""
     (device, dtype), batch = pick_device(args.device, args.dtype), args.batch or 2  # guidance makes 2 of a picture
+    dtype = dtype or weights.fastest_dtype(device, wide=False)
     if not (has_kernels(device) and dtype.itemsize == 2):
         print(f"On {device.type} in {dtype} ours IS scaled_dot_product_attention: the ratios show the timer's noise.")
     print(f"{'milliseconds':28}{'forward':>24}{'and backward':>26}")
@@ -154,6 +156,7 @@ def between(stamps):
 
 def drawing_ours(folder, device, dtype, size, n, steps, whole):
     """n pictures, guided -> seconds from the prompt to the pictures, or else of a step; PIL images."""
+    keep_freed_memory()
     sd = weights.load(folder, dtype=dtype, device=device)
     stamps = [clock(device)]
     with torch.no_grad():
@@ -215,6 +218,7 @@ def timed_steps(step, value_encoder, device, steps):
 
 
 def training_ours(folder, device, dtype, size, n, steps, file):
+    keep_freed_memory()
     sd, saved = weights.load(folder, dtype=dtype, device=device), torch.load(file)
     z_w, z_l = saved["z"].chunk(2)
     pairs = [Pair(PROMPT, PRINCIPLE, *row, int(t), "") for *row, t in zip(
@@ -367,12 +371,13 @@ def short(dtype):
 HEADER = f"{'seconds, GB at the peak':52}{'ours':>9}{'theirs':>9}{'ratio':>7}{'peak':>8}{'peak':>8}{'floor':>9}"
 
 
-def dtypes(args):
+def dtypes(model, args):
     """The option --dtype -> [(label, our dtype, theirs)]. "auto" is float32 on both sides, and then what it means to
     us beside float32, which is diffusers' default."""
     _, dtype = pick_device(args.device, args.dtype)
-    if args.dtype != "auto":
+    if dtype:
         return [(short(dtype), dtype, dtype)]
+    dtype = weights.fastest_dtype(model.device, wide=args.full)
     rows = [("float32", torch.float32, torch.float32)]
     return rows + [(f"auto: {short(dtype)}, theirs float32", dtype, torch.float32)] * (dtype != torch.float32)
 
@@ -382,7 +387,7 @@ def bench_sample(model, args):
     device, n, steps = model.device, args.batch or (1 if args.full else 8), args.steps or (4 if args.full else 50)
     size = args.size or model.size
     what = f"step, {n} × {size}×{size}" if args.full else f"{n} pictures, {steps} steps"
-    for label, ours, theirs in dtypes(args):
+    for label, ours, theirs in dtypes(model, args):
         ours, theirs = (partial(side, model.folder, device, dtype, size, n, steps, whole=not args.full)
                         for side, dtype in ((drawing_ours, ours), (drawing_theirs, theirs)))  # fmt: skip
         count = unet_operations(model.unet, size // model.factor, n, 77, contexts=2) * (1 if args.full else steps)
@@ -394,7 +399,7 @@ def bench_sample(model, args):
 
 def bench_train(model, args):
     device, n, steps = model.device, args.batch or (1 if args.full else 16), args.steps or (3 if args.full else 6)
-    _, dtype, _ = dtypes(args)[0]
+    _, dtype, _ = dtypes(model, args)[0]
     for size in [args.size] if args.size else [256, 512] if args.full else [model.size]:
         file, side = model.folder / f"pairs-{size}.pt", size // model.factor
         apart(partial(write_pairs, model.folder, device, dtype, size, n, file))
@@ -406,7 +411,7 @@ def bench_train(model, args):
 
 
 def bench_load(model, args):
-    for label, ours, theirs in dtypes(args):
+    for label, ours, theirs in dtypes(model, args):
         calls = [partial(loading, script, model.folder, model.device, dtype)
                  for script, dtype in ((LOAD_OURS, ours), (LOAD_THEIRS, theirs))]
         size = calls[0]()[1]  # and the files are in the page cache

@@ -457,7 +457,7 @@ def main(args):
         "weights": Path(args.weights).name, "sha256": sha256(sd), "classifier": classifier,
         "prediction": sd.scheduler["prediction_type"], **sampling, "batch_size": args.batch_size, "seed": args.seed,
         "pairs": {"total": args.total} if args.total else {"per_prompt": args.per_prompt}, "format": args.format,
-        "device": device.type, "dtype": str(dtype), "threads": args.threads,
+        "device": device.type, "dtype": str(sd.unet.conv_in.weight.dtype), "threads": args.threads,
         "principles": [asdict(principle) for principle in principles],
     }
 

@@ -517,7 +517,7 @@ def main(argv=None):
         encoders["LiVO"] = value_encoder
     drawing = settings | {"batch_size": args.batch_size}
     generators = {name: (partial(generated, sd, encoder, drawing),
-                         f"{fingerprint(sd, encoder)} {settings} {dtype} {code}")
+                         f"{fingerprint(sd, encoder)} {settings} {sd.unet.conv_in.weight.dtype} {code}")
                   for name, encoder in encoders.items()}
     if not args.clip:
         frozen, made_by = generators["frozen"]

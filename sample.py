@@ -379,7 +379,7 @@ def main(argv=None):
 
     settings = {"height": h * f, "width": w * f, "steps": args.steps, "guidance": args.guidance,
                 "sampler": args.sampler, "eta": args.eta}
-    texts = {"prompt": args.prompt, "negative": args.negative, **settings, "dtype": dtype,
+    texts = {"prompt": args.prompt, "negative": args.negative, **settings, "dtype": sd.unet.conv_in.weight.dtype,
              "weights": args.weights, "prediction": sd.scheduler["prediction_type"]}
     if value_encoder is not None:
         texts |= {"value_encoder": args.value_encoder or "beside the weights", "value_share": args.value_share,

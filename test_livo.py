@@ -45,6 +45,7 @@ import attention
 import baselines
 import bench
 import build
+import cli
 import clip_image
 import curves
 import data
@@ -746,9 +747,21 @@ def test_compiling_changes_nothing(tmp_path, monkeypatch):
         sample.main([*options, "--compile", "--out", str(tmp_path)])
 
 
-def test_auto_is_float32_on_a_cpu():
-    assert pick_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
+def test_auto_is_bfloat16_where_a_cpu_and_the_model_gain_from_it(monkeypatch):
+    assert pick_device("cpu", "auto") == (torch.device("cpu"), None)
     assert pick_device("cpu", "bf16")[1] == torch.bfloat16
+    for able, wide, expected in [(True, 1000, torch.float32), (False, 1, torch.float32), (True, 1, torch.bfloat16)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        monkeypatch.setattr(weights, "WIDE", wide)
+        sd = weights.load(TOKENIZER.parent, dtype=None)
+        got = [next(network.parameters()).dtype for network in (sd.unet, sd.text_encoder, sd.vae)]
+        assert got == [expected, expected, torch.float32]
+
+
+def test_keeping_freed_memory_is_harmless_anywhere(monkeypatch):
+    cli.keep_freed_memory()
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: types.SimpleNamespace())  # no mallopt
+    cli.keep_freed_memory()
 
 
 def test_half_precision_draws_about_the_same(shipped):

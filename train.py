@@ -84,7 +84,7 @@ OPTIONS = [option for option in fields(Settings) if option.metadata]
 # principle, each principle then moves the weights equally far, though blood changes the error 50 times more than gender.
 TINY_SD = {"steps": 900, "batch": 16, "micro_batch": 16, "together": 16, "t_low": 100, "lr": 1e-3, "token_lr": 10.0,
            "warmup": 20, "decay": 0.4, "alpha": 1000.0, "bias_alpha": 250.0, "beta": 2000.0, "gamma1": 80.0,
-           "gamma2": 100.0, "save_every": 100, "sample_every": 200}  # fmt: skip
+           "gamma2": 100.0, "save_every": 100, "sample_every": 300}  # fmt: skip
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
 SAMPLING = {"steps": 15, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
@@ -470,8 +470,7 @@ def main(argv=None):
     s, folder = choose_settings(args)
     device, dtype = pick_device(args.device, s.dtype)
     join_processes(device)
-    if device.type == "cuda" and s.dtype == "auto":
-        dtype = torch.bfloat16  # the smallest gradients vanish in float16
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)  # float16 loses small gradients
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
     if args.checkpointing:
