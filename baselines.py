@@ -51,10 +51,7 @@ def table(**columns):
 
 
 def hinges(alpha, beta, gamma1, gamma2):
-    """Settings; α of bias stays the same part of α as in train.TINY_SD."""
-    bias_alpha = alpha * train.TINY_SD["bias_alpha"] / train.TINY_SD["alpha"]
-    return {"alpha": float(alpha), "bias_alpha": bias_alpha, "beta": float(beta), "gamma1": float(gamma1),
-            "gamma2": float(gamma2)}  # fmt: skip
+    return {"alpha": float(alpha), "beta": float(beta), "gamma1": float(gamma1), "gamma2": float(gamma2)}
 
 
 # The sweep: every trained method gets three learning rates and two strengths of its loss, LiVO too. The second hinges
@@ -215,7 +212,7 @@ def train_method(sd, dataset, run, s, measure, about, folder):
     part, _ = TRAINED[run.method]
     network, schedule = to_train(sd, part), Schedule(sd.scheduler)
     optimizer, times = train.make_optimizer(network), range(s.t_low, len(schedule.alphas_cumprod))
-    start, file = train.resume(folder, network, optimizer), folder / "curve.json"
+    start, file = train.resume(folder, network, optimizer, dataset.key), folder / "curve.json"
     # The curve is written before the checkpoint, so it may be a point ahead.
     curve = [point for point in load_curve(file, about) if point["step"] <= start] if file.exists() else []
     seconds = curve[-1]["seconds"] if curve else 0.0
@@ -230,7 +227,7 @@ def train_method(sd, dataset, run, s, measure, about, folder):
             pictures = pictures if value_encoder is not None else regardless(pictures)
             curve.append({"step": step, "seconds": round(seconds, 2)} | measure(pictures))
             save_curve(file, about, curve)
-            train.save_checkpoint(folder, network, optimizer, step)
+            train.save_checkpoint(folder, network, optimizer, step, dataset.key)
         if step < s.steps:
             begin = time.perf_counter()
             train.take_step(step, network, optimizer, add, dataset, times, s)

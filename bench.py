@@ -41,8 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 import weights
 from attention import attend, has_kernels
-from cli import (Parser, UserError, add_device_options, atomic, keep_freed_memory, number, pick_device,
-                 run)
+from cli import Parser, UserError, add_device_options, atomic, number, pick_device, run
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data import Pair
 from livo import ALPHA, BETA, ValueEncoder, encode_prompts, make_context, make_uncond
@@ -102,7 +101,7 @@ def sdpa(q, k, v, heads):
 def bench_attention(model, args):
     """Self- and cross-attention of every level, forward and with the gradients of q, k and v."""
     (device, dtype), batch = pick_device(args.device, args.dtype), args.batch or 2  # guidance makes 2 of a picture
-    dtype = dtype or weights.fastest_dtype(device, wide=False)
+    dtype = dtype or weights.fastest_dtype(device)
     if not (has_kernels(device) and dtype.itemsize == 2):
         print(f"On {device.type} in {dtype} ours IS scaled_dot_product_attention: the ratios show the timer's noise.")
     print(f"{'milliseconds':28}{'forward':>24}{'and backward':>26}")
@@ -156,7 +155,6 @@ def between(stamps):
 
 def drawing_ours(folder, device, dtype, size, n, steps, whole):
     """n pictures, guided -> seconds from the prompt to the pictures, or else of a step; PIL images."""
-    keep_freed_memory()
     sd = weights.load(folder, dtype=dtype, device=device)
     stamps = [clock(device)]
     with torch.no_grad():
@@ -218,7 +216,6 @@ def timed_steps(step, value_encoder, device, steps):
 
 
 def training_ours(folder, device, dtype, size, n, steps, file):
-    keep_freed_memory()
     sd, saved = weights.load(folder, dtype=dtype, device=device), torch.load(file)
     z_w, z_l = saved["z"].chunk(2)
     pairs = [Pair(PROMPT, PRINCIPLE, *row, int(t), "") for *row, t in zip(
@@ -293,9 +290,9 @@ networks = diffusers.StableDiffusionPipeline.from_pretrained({folder!r}, torch_d
 output = lambda *inputs: networks["unet"](*inputs).sample
 """
 LOAD_END = """
-import resource, time
-x = torch.zeros(1, 4, 8, 8, dtype={dtype}, device={device!r})
-context = torch.zeros(1, 77, networks["unet"].config.cross_attention_dim, dtype={dtype}, device={device!r})
+import time
+weight = next(networks["unet"].parameters())
+x, context = weight.new_zeros(1, 4, 8, 8), weight.new_zeros(1, 77, networks["unet"].config.cross_attention_dim)
 with torch.no_grad():
     assert output(x, 500, context).isfinite().all()
 print(time.time(), sum(p.nbytes for n in networks.values() if hasattr(n, "parameters") for p in n.parameters()))
@@ -372,14 +369,14 @@ HEADER = f"{'seconds, GB at the peak':52}{'ours':>9}{'theirs':>9}{'ratio':>7}{'p
 
 
 def dtypes(model, args):
-    """The option --dtype -> [(label, our dtype, theirs)]. "auto" is float32 on both sides, and then what it means to
-    us beside float32, which is diffusers' default."""
-    _, dtype = pick_device(args.device, args.dtype)
-    if dtype:
+    """The option --dtype -> [(label, our dtype, theirs)]. Without it, float32 on both sides, and then our "auto", which
+    is None, beside float32, diffusers' default."""
+    if args.dtype not in (None, "auto"):
+        _, dtype = pick_device(args.device, args.dtype)
         return [(short(dtype), dtype, dtype)]
-    dtype = weights.fastest_dtype(model.device, wide=args.full)
+    fastest = weights.fastest_dtype(model.device, model.unet)
     rows = [("float32", torch.float32, torch.float32)]
-    return rows + [(f"auto: {short(dtype)}, theirs float32", dtype, torch.float32)] * (dtype != torch.float32)
+    return rows + [(f"auto: {short(fastest)}, theirs float32", None, torch.float32)] * (fastest != torch.float32)
 
 
 def bench_sample(model, args):
@@ -391,7 +388,7 @@ def bench_sample(model, args):
         ours, theirs = (partial(side, model.folder, device, dtype, size, n, steps, whole=not args.full)
                         for side, dtype in ((drawing_ours, ours), (drawing_theirs, theirs)))  # fmt: skip
         count = unet_operations(model.unet, size // model.factor, n, 77, contexts=2) * (1 if args.full else steps)
-        floor = count / rate(device, ours.args[2])
+        floor = count / rate(device, ours.args[2] or weights.fastest_dtype(device, model.unet))
         yield compare(f"{what}, {label}", ours, theirs, args.runs, floor)
         if device.type == "cuda" and args.full:
             yield compare(f"{what}, {label}, compiled", ours, partial(theirs, compiled=True), args.runs, floor)

@@ -9,7 +9,7 @@ Concepts ("doctor") → prompts with an answer written in ("a photo of a female 
 classifier keeps those that show the answer → by the principle they are aligned or violating. The prompt that is
 kept has no answer in it. For a bias principle the model itself is asked first, with plain prompts, which answer it
 over-produces: that one violates, all others are aligned, and nobody is named a minority here. A harm gets harmless
-scenes too, as in data.HARMLESS: pictures of plain prompts, each aligned and violating, for the principle to leave alone.
+scenes too, as in data.HARMLESS: pictures of plain prompts, for the principle to leave alone.
 
 A scene, one concept of one principle, is drawn as a whole and written at once. All that is random in it comes from
 the seed and its name, so that an interruption or another division among processes changes no byte. A new principle
@@ -19,6 +19,7 @@ is a few lines in PORTRAIT_WORLD or STABLE_DIFFUSION.
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -26,7 +27,7 @@ import shutil
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ from weights import atomic_folder, read_json, write_json
 ASK = 32  # pictures of the plain prompts, to see which answer the model over-produces
 MIN_ACCEPTANCE = 0.05  # an answer that a smaller share of the pictures shows …
 PATIENCE = 64  # … after so many is given up
-HARMLESS = 0.3  # as many pairs of prompts that a harm has nothing to do with as of others
+HARMLESS = 0.5  # images of prompts that a harm has nothing to do with, for each pair of others
 PORTRAIT_STEPS, STEPS = 10, 25  # of DPM-Solver++: for tiny-sd 10 give what 15 give; 25 are the paper's
 
 # --------------------------------------------------------------------------------------------- the principles
@@ -128,24 +129,28 @@ class Scene:
     principle: Principle
     folder: str  # "0-career/gender-doctor"
     noun: str
-    pairs: int  # wanted
-    harmless: bool = False  # a prompt that the harm has nothing to do with, as in data.HARMLESS
+    size: int  # pairs wanted; harmless ones have images instead
+    harmless: bool = False  # of prompts that the harm has nothing to do with, as in data.HARMLESS
+
+    @property
+    def images(self):
+        return self.size if self.harmless else 2 * self.size
 
 
 def plan(principles, per_scene, total=None):
-    """-> the Scenes to draw: `per_scene` pairs each, or `total` spread over them; HARMLESS as many in harmless ones."""
-    scenes = []
-    for principle in principles:
-        for kind, noun in ((kind, noun) for kind, nouns in principle.scenes.items() for noun in nouns):
-            name = f"{principle.attribute}-{slug(noun)}"
-            scenes.append(Scene(principle, f"{kind}/{name}", noun, per_scene))
-            if principle.violating:
-                scenes.append(Scene(principle, f"{data.HARMLESS_TYPE}/{name}", noun, round(HARMLESS * per_scene), True))
+    """-> the Scenes to draw: `per_scene` pairs each, or `total` spread over them; of a harm harmless ones too."""
+    concepts = [(principle, kind, noun) for principle in principles
+                for kind, nouns in principle.scenes.items() for noun in nouns]
+    sizes = [per_scene] * len(concepts)
     if total is not None:
-        passed = [0, *accumulate(HARMLESS if scene.harmless else 1 for scene in scenes)]
-        passed = [round(total * part / passed[-1]) for part in passed]
-        scenes = [replace(scene, pairs=b - a) for scene, a, b in zip(scenes, passed, passed[1:])]
-    return [scene for scene in scenes if scene.pairs]
+        sizes = [b - a for a, b in pairwise(round(total * i / len(concepts)) for i in range(len(concepts) + 1))]
+    scenes = []
+    for (principle, kind, noun), size in zip(concepts, sizes):
+        name = f"{principle.attribute}-{slug(noun)}"
+        scenes.append(Scene(principle, f"{kind}/{name}", noun, size))
+        if principle.violating:
+            scenes.append(Scene(principle, f"{data.HARMLESS_TYPE}/{name}", noun, math.ceil(HARMLESS * size), True))
+    return [scene for scene in scenes if scene.size]
 
 
 def slug(text):
@@ -170,7 +175,8 @@ def compose(scene, answer, k, seed):
 
 
 def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
-    """-> [(image, prompt, value, label)], aligned and violating in turn, and the facts about them for scene.json.
+    """-> [(image, prompt, value, label)], aligned and violating in turn, or all aligned in a harmless scene, and the
+    facts about them for scene.json.
 
     draw(prompts, seeds) -> images; read(principle, noun, images) -> their answers. After every batch show(counts)
     gets the number of pictures {"tried", "kept"} in it. Where the model does not give what is asked there is a
@@ -202,8 +208,8 @@ def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
         if violating in given_up or not others:
             kept = {answer: [] for answer in kept}
             break
-        quota = {} if scene.harmless else {violating: scene.pairs}
-        quota |= {answer: (scene.pairs + i) // len(others) for i, answer in enumerate(others)}  # adds up to the pairs
+        quota = {} if scene.harmless else {violating: scene.size}
+        quota |= {answer: (scene.size + i) // len(others) for i, answer in enumerate(others)}  # adds up to the size
         wanted = [answer for answer in quota for _ in range(len(kept[answer]), quota[answer])][:batch_size]
         if not wanted:
             break
@@ -214,20 +220,19 @@ def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
                 accepted += 1
         show({"tried": len(wanted), "kept": accepted})
         for answer in quota:
-            if tried[answer] >= PATIENCE and len(kept[answer]) < MIN_ACCEPTANCE * tried[answer]:
+            if tried[answer] >= PATIENCE and len(kept[answer]) < min(quota[answer], MIN_ACCEPTANCE * tried[answer]):
                 warnings.warn(f"{scene.folder}: {len(kept[answer])} of {tried[answer]} pictures show “{answer}”, "
                               f"less than {MIN_ACCEPTANCE:.0%}: it is given up")
                 given_up.add(answer)
 
     aligned = [*filter(None, chain(*zip_longest(*(kept[answer] for answer in p.answers if answer != violating))))]
     if scene.harmless:
-        pairs = [(request, request) for request in aligned]
+        pictures = [(*request, 1) for request in aligned]
     else:
-        pairs = list(zip(aligned, kept[violating]))[:scene.pairs]
-    pictures = [(*request, label) for pair in pairs for request, label in zip(pair, (1, 0))]
+        pictures = [(*request, label) for pair in zip(aligned, kept[violating]) for request, label in zip(pair, (1, 0))]
     samples = [(image, prompt, p.value, label) for _, prompt, _, image, label in pictures]
     del tried[None]
-    facts = {"pairs": len(pairs), "asked": dict(asked), "violating": violating, "tried": dict(tried),
+    facts = {"images": len(samples), "asked": dict(asked), "violating": violating, "tried": dict(tried),
              "kept": {answer: len(some) for answer, some in kept.items()},
              "files": [{"prompt": prompt, "seed": seed} for prompt, _, seed, _, _ in pictures]}
     return samples, facts
@@ -285,9 +290,8 @@ def build(scenes, out, settings, draw, read, shard=(0, 1)):
     start(out, settings, scenes)
     mine, ratio = scenes[shard[0]::shard[1]], {}
     todo = [scene for scene in mine if not (out / scene.folder / "scene.json").exists()]
-    done = sum(scene.pairs for scene in mine) - sum(scene.pairs for scene in todo)
-    with tqdm(total=2 * sum(scene.pairs for scene in mine), initial=2 * done, unit=" pictures",
-              disable=shard[0] > 0 or None) as bar:
+    total, left = (sum(scene.images for scene in some) for some in (mine, todo))
+    with tqdm(total=total, initial=total - left, unit=" pictures", disable=shard[0] > 0 or None) as bar:
         for scene in todo:
             counts = ratio.setdefault(scene.principle.value, Counter())
 
@@ -319,7 +323,7 @@ def start(out, settings, scenes):
             words = "; ".join(f"{key} {shorten(before.get(key))}, not {shorten(now[key])}" for key in other)
             raise UserError(f"{out}: expected a new folder, or a set of the same settings, got one with {words}")
         return
-    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+    if out.is_dir() and {path.name for path in out.iterdir() if not path.name.startswith(".")} - {file.name}:
         raise UserError(f"{out}: expected a new folder, or a set to go on with, got one without a dataset.json")
     with atomic(file) as temporary:
         write_json(temporary, {"settings": settings, "scenes": dict.fromkeys(scene.folder for scene in scenes)})
@@ -337,16 +341,17 @@ def finish(out, settings, scenes):
     for scene in scenes:
         fact, sums = facts[scene.folder], principles.setdefault(scene.principle.value, Counter())
         del fact["files"]
-        sums.update(scenes=1, given_up=not fact["pairs"], pairs=fact["pairs"], tried=sum(fact["tried"].values()),
+        sums.update(scenes=1, given_up=not fact["images"], pairs=0 if scene.harmless else fact["images"] // 2,
+                    harmless=fact["images"] * scene.harmless, tried=sum(fact["tried"].values()),
                     kept=sum(fact["kept"].values()))
     for value, sums in principles.items():
         sums["acceptance"] = round(sums["kept"] / sums["tried"], 4)
-        print(f"{value}: {sums['pairs']} pairs, {sums['acceptance']:.1%} of {sums['tried']} pictures accepted")
-    if not any(sums["pairs"] for sums in principles.values()):
+        print(f"{value}: {sums['pairs']} pairs, {sums['harmless']} harmless images, {sums['acceptance']:.1%} of {sums['tried']} pictures accepted")
+    if not any(sums["pairs"] + sums["harmless"] for sums in principles.values()):
         raise UserError(f"{out}: expected pictures that show what was asked for, got none: {', '.join(principles)}")
     samples, _ = data.read_samples(out)
     for value, sums in principles.items():
-        if sums["pairs"]:
+        if sums["pairs"] + sums["harmless"]:
             with atomic(out / f"{slug(value)}.png") as temporary:
                 data.contact_sheet([sample for sample in samples if sample.value == value]).save(temporary)
     with atomic(out / "dataset.json") as temporary:

@@ -35,7 +35,7 @@ def keep_freed_memory():
     """Let glibc's malloc reuse freed memory. By default it hands large blocks back to the system, which clears every
     page of the next one: on a CPU that doubles the time of a layer whose output measures tens of megabytes."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-    with contextlib.suppress(AttributeError):  # another C library
+    with contextlib.suppress(AttributeError, TypeError):  # another C library, another system
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -43,7 +43,6 @@ def keep_freed_memory():
 def run(main):
     """Call `main()`. A UserError becomes `error: …` on stderr and exit code 2, Ctrl-C exit code 130; a warning
     is one line too."""
-    keep_freed_memory()
     warnings.showwarning = lambda text, *_: print(f"warning: {' '.join(str(text).split())}", file=sys.stderr)
     try:
         main()
@@ -68,15 +67,16 @@ def number(kind, low, high):
     return parse
 
 
-def add_device_options(parser, auto="fp16 on CUDA; bf16 for a full-size model on a CPU that computes in it; else fp32"):
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                        help=f"of the UNet and the text encoder; auto: {auto}")  # fmt: skip
+def add_device_options(parser, default="fp16 on CUDA, else fp32"):
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"],
+                        help=f"auto is the fastest; on some CPUs that is bf16 for a full-size model (default: {default})")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
 
 
 def pick_device(name, dtype):
-    """The options --device and --dtype -> torch's device and dtype, None for "auto". Under torchrun "auto" and "cuda"
-    are a GPU for each process of the machine. Raises UserError for an absent device."""
+    """The options --device and --dtype -> torch's device and dtype, None for "auto", which the model has a say in.
+    Under torchrun "auto" and "cuda" are a GPU for each process of the machine. Raises UserError for an absent device.
+    """
     try:
         if name in ("auto", "cuda") and torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -88,6 +88,7 @@ def pick_device(name, dtype):
     except (RuntimeError, AssertionError, ImportError) as error:  # torch has no narrower one
         first_sentence = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"--device {name}: {first_sentence}") from error
+    dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
     return device, {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 

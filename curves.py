@@ -29,8 +29,8 @@ def best(runs):
 
 
 def reached(curve, what, frozen):
-    """The first point of a curve where harm is a tenth of the frozen model's, or None."""
-    return next((point for point in curve if point[what] <= REACHED * frozen[what]), None)
+    """The first point of a curve where harm is a tenth of the frozen model's, and professions are right, or None."""
+    return next((point for point in curve if point[what] <= REACHED * frozen[what] and is_recognised(point)), None)
 
 
 def is_trained(run):

@@ -9,7 +9,10 @@
     python data.py show pairs           # a sheet of its pictures
 
 ROOT/<type>/<scene>/metadata.jsonl, as in the authors' release: for every image beside it a line
-{"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating.
+{"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating. Ours adds the type 3-harmless:
+scenes of aligned images alone, of prompts that the principle has nothing to do with. There y_l is y_w, and what is
+left of the loss is (β − α) (ℓ_θ − ℓ_ref): plain denoising, at which the frozen model is good already, so that the
+principle learns to change nothing.
 """
 
 import functools
@@ -17,6 +20,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -38,6 +42,7 @@ from vae import sample_latent
 from weights import atomic_folder, read_json, write_json
 
 MAX_LOST = 0.01  # share of samples that may be unusable
+HARMLESS_TYPE = "3-harmless"
 JPEG_QUALITY = 95
 SHEET_SCENES, SHEET_COLUMNS, SHEET_SIDE = 3, 8, 96  # of a contact sheet: scenes per principle, pictures, pixels
 
@@ -62,6 +67,7 @@ def read_sample(line, scene, root, where):
     for key in ("file_name", "prompt", "value"):
         if not isinstance(entry[key], str) or not entry[key].strip():
             raise ValueError(f"expected a text as {key}, got {entry[key]!r}")
+        entry[key].encode()  # a half of a surrogate pair is a ValueError
     if type(entry["label"]) is not int:  # True is one to isinstance
         raise ValueError(f"expected an integer as label, got {entry['label']!r}")
     path = (scene / entry["file_name"]).resolve()
@@ -99,7 +105,7 @@ def read_samples(root):
     for line, scene, where in read_lines(root):
         try:
             samples.append(read_sample(line, scene, root, where))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:  # the last of JSON that is nested too deep
             faults.append(f"{where}: {error}")
     check_lost(faults, len(samples) + len(faults), root)
     return samples, faults
@@ -152,23 +158,27 @@ class PreferenceDataset:
     """The pairs of a dataset folder, encoded. len() is the number of aligned images.
 
     together: so many pairs in a row share their principle and type; 1 mixes them all.
+    key: a hash of the weights and of the data.
 
-    The first use encodes everything into a folder of `cache`, which the weights and the data name; after that
-    its files are memory-mapped. Unusable samples, also those of a scene without aligned or without violating
+    The first use encodes everything into the folder `key` of `cache`; after that its files are memory-mapped. Unusable samples, also those of a scene without aligned or without violating
     images, are warned of and skipped. Raises UserError where `read_samples` does.
     """
 
     def __init__(self, root, sd, cache, together=1):
         samples, faults = read_samples(root)
-        folder = Path(cache) / fingerprint(sd, samples)
+        self.key = fingerprint(sd, samples)
+        folder = Path(cache) / self.key
         if not folder.exists():
+            for leftover in Path(cache).glob(f".{self.key}.*"):  # of a process that was killed while it encoded
+                shutil.rmtree(leftover, ignore_errors=True)
             with atomic_folder(folder, "broken.json") as temporary:
                 encode_samples(sd, samples, faults, root, temporary)
         broken = read_json(folder / "broken.json")  # {where: fault}
         prompts, c, total = unique_prompts(samples), sd.text_encoder.config.hidden_size, len(samples) + len(faults)
         samples = [sample for sample in samples if sample.where not in broken]
         self.aligned, self.violating = [], {}  # (sample, row of latents), the latter by scene
-        scenes = [{sample.scene for sample in samples if sample.aligned is label} for label in (True, False)]
+        scenes = [{sample.scene for sample in samples if sample.aligned is label or is_harmless(sample)}
+                  for label in (True, False)]
         for row, sample in enumerate(samples):
             if sample.scene not in scenes[0] & scenes[1]:
                 missing = "aligned" if sample.scene in scenes[1] else "violating"
@@ -213,12 +223,16 @@ class PreferenceDataset:
         rng = random.Random(f"pair {seed} {position}")
         generator = torch.Generator().manual_seed(rng.getrandbits(32))  # torch uses no more bits of a seed
         aligned, row_w = self.aligned_at(position, seed)
-        violating, row_l = rng.choice(self.violating[aligned.scene])
+        violating, row_l = rng.choice(self.violating.get(aligned.scene) or [(aligned, row_w)])
         mirrored = rng.randrange(2)  # both or neither: what a pair has in common, it keeps
         z_w, z_l = (sample_latent(*self.latents[row, mirrored].float(), generator) for row in (row_w, row_l))
         return Pair(aligned.prompt, aligned.value, self.features[self.prompt_rows[aligned.prompt]], z_w, z_l,
                     eps=torch.randn(z_w.shape, generator=generator), t=rng.choice(times),
                     where=f"{aligned.where} and {violating.where}")
+
+
+def is_harmless(sample):
+    return sample.scene.parent.name == HARMLESS_TYPE
 
 
 def kind(sample):
@@ -306,7 +320,7 @@ def check(root):
     for line, scene, where in tqdm(read_lines(root), "checking", disable=None, leave=False, unit=" lines"):
         try:
             sample = read_sample(line, scene, root, where)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             faults.append(f"{where}: {error}")
             continue
         entry = json.loads(line)
@@ -320,13 +334,13 @@ def check(root):
         except Exception as error:  # a damaged file can raise anything in Pillow
             faults.append(f"{where}: {sample.path.name} is no readable image: {error}")
             continue
-        copies = sample.value, pixels, sample.scene.parent.name == HARMLESS_TYPE and sample.aligned
-        if (first := seen.setdefault(copies, where)) != where:
+        if (first := seen.setdefault((sample.value, pixels), where)) != where:
             faults.append(f"{where}: {sample.path.name} is the same picture as that of {first}")
-        labels.setdefault(scene, set()).add(sample.aligned)
-        nothing = {"aligned": 0, "violating": 0, "scenes": set(), "prompts": set()}
+        if not is_harmless(sample):
+            labels.setdefault(scene, set()).add(sample.aligned)
+        nothing = {"aligned": 0, "violating": 0, "harmless": 0, "scenes": set(), "prompts": set()}
         counts = principles.setdefault(sample.value, nothing)
-        counts["aligned" if sample.aligned else "violating"] += 1
+        counts["harmless" if is_harmless(sample) else "aligned" if sample.aligned else "violating"] += 1
         counts["scenes"].add(scene)
         counts["prompts"].add(sample.prompt)
     for scene, found in labels.items():
@@ -337,19 +351,22 @@ def check(root):
     scenes = read_json(about).get("scenes", {}) if about.exists() else {}
     if unfinished := [scene for scene, facts in scenes.items() if facts is None]:
         faults.append(f"{about}: the set of {len(unfinished)} scenes is not finished: build it again to go on")
-    faults += [f"{root / scene}: expected {facts['pairs']} pairs, got no metadata.jsonl" for scene, facts in scenes.items()
-               if facts and facts["pairs"] and not (root / scene / "metadata.jsonl").exists()]  # fmt: skip
+    faults += [f"{root / scene}: expected {facts['images']} images, got no metadata.jsonl"
+               for scene, facts in scenes.items()
+               if facts and facts["images"] and not (root / scene / "metadata.jsonl").exists()]  # fmt: skip
     return principles, faults
+
+
+COUNTS = ("aligned", "violating", "harmless", "scenes", "prompts")
 
 
 def report(principles):
     """Print the counts of `check`."""
-    print(f"{'principle':40}{'aligned':>9}{'violating':>11}{'scenes':>8}{'prompts':>9}{'share':>8}")
+    print(f"{'principle':40}" + "".join(f"{name:>10}" for name in COUNTS) + f"{'share':>10}")
     total = sum(counts["aligned"] for counts in principles.values())
     for value, counts in principles.items():
-        sizes = counts["aligned"], counts["violating"], len(counts["scenes"]), len(counts["prompts"])
-        share = counts["aligned"] / max(1, total)
-        print(f"{value:40}{sizes[0]:9}{sizes[1]:11}{sizes[2]:8}{sizes[3]:9}{share:8.0%}")
+        sizes = [counts[name] if isinstance(counts[name], int) else len(counts[name]) for name in COUNTS]
+        print(f"{value:40}" + "".join(f"{size:10}" for size in sizes) + f"{counts['aligned'] / max(1, total):10.0%}")
 
 
 def contact_sheet(samples):
@@ -385,9 +402,7 @@ def crop_image(path, size):
 # pair has in common cancels in ℓ_θ(y_w) − ℓ_θ(y_l), and what is left is the principle.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
 PAIRS = {"gender": 240, "skin": 160, "bloody": 320, "zombie": 80}  # few where a principle is learnt fast
-# Scenes of prompts that a harm has nothing to do with: one picture, which does not show it, is both y_w and y_l. What
-# the loss then teaches is to change nothing.
-HARMLESS, HARMLESS_TYPE = {"bloody": 320, "zombie": 48}, "3-harmless"
+HARMLESS = {"bloody": 320, "zombie": 48}  # images that do not show the harm, of prompts that do not ask for it
 NOUNS = (*PROFESSIONS, "person")
 ASKED = 0.75  # share of the pairs of a harm whose prompts ask for it
 TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about
@@ -448,9 +463,7 @@ def build_portrait_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, harmless=HA
                       (draw(aligned), prompt, value, 1), (draw(violating), prompt, value, 0))
             for noun, seed in zip(nouns_of_pairs(attribute, harmless.get(attribute, 0)), seeds):
                 _, record, _ = portrait_pair(seed, attribute, noun)
-                prompt, image = write_caption(record), draw(record)
-                write(HARMLESS_TYPE, attribute, noun, seed,
-                      (image, prompt, value, 1), (image, prompt, value, 0))
+                write(HARMLESS_TYPE, attribute, noun, seed, (draw(record), write_caption(record), value, 1))
         write_json(root / "dataset.json", {"principles": principles, "pairs": pairs, "harmless": harmless})
 
 

@@ -42,7 +42,7 @@ from livo import make_context, make_uncond
 from pretrain import HELD_OUT, draw_pictures, psnr, stack, to_float
 from sample import Schedule, choose_principles, draw, generate, grid, latent_size, load_value_encoder, spread
 
-PER_PROMPT, PER_PROMPT_JUDGED = 50, 15  # pictures, as in the paper; of tiny-sd, whose table is to take half an hour
+PER_PROMPT, PER_PROMPT_JUDGED = 50, 20  # pictures, as in the paper; of tiny-sd, whose table is to take half an hour
 GROUP = 5  # pictures; Max and Prob look at groups
 FIRST_SEED = 0  # of the generated pictures, which count on from prompt to prompt
 DRAWN_SEEDS, REFERENCE_SEEDS = HELD_OUT, 2 * HELD_OUT  # of two drawn sets
@@ -60,11 +60,13 @@ def share(hits):
 
 def d1(counts):
     """The most frequent attribute's lead over the rarest: (P, k) pictures by attribute -> 0 … 100."""
+    counts = np.atleast_2d(counts)
     return 100 * np.mean(np.ptp(counts, axis=1) / counts.sum(1))
 
 
 def d2(counts):
     """Distance of the attributes' shares from 1/k: (P, k) pictures by attribute -> 0 … 100 √(1 - 1/k)."""
+    counts = np.atleast_2d(counts)
     shares = counts / counts.sum(1, keepdims=True)
     return 100 * np.mean(np.linalg.norm(shares - 1 / counts.shape[1], axis=1))
 
@@ -88,18 +90,18 @@ TOXICITY = {
 }
 
 
-def bootstrap(metric, readings):
-    """A metric of readings (P, n) -> {"value", "low", "high"}: resamples prompts, then pictures of each.
+def bootstrap(metric, readings, most=100):
+    """A metric, of 0 … most, of readings (P, n) -> {"value", "low", "high"}: resamples prompts, then pictures of each.
 
-    The interval is the resampled values' spread, set around the value itself: resampling makes any counts
-    less equal, so that D1 and D2 of what is fair would lie below all of their own percentiles.
+    Resampling makes any counts less equal, so that D1 and D2 of what is fair would lie below all of their own
+    percentiles: the mean of the resampled values is shifted back onto the value.
     """
     rng, (P, n) = np.random.default_rng(0), readings.shape
     resamples = ((rng.integers(P, size=(P, 1)), rng.integers(n, size=(P, n))) for _ in range(RESAMPLES))
     values = [metric(readings[rows, columns]) for rows, columns in resamples]
     value, tail = metric(readings), (100 - CONFIDENCE) / 2
     interval = np.percentile(values, (tail, 100 - tail)) - np.mean(values) + value
-    return {name: round(float(x), 3) for name, x in zip(("value", "low", "high"), (value, *interval.clip(0, 100)))}
+    return {name: round(float(x), 3) for name, x in zip(("value", "low", "high"), (value, *interval.clip(0, most)))}
 
 
 def frechet_distance(a, b):
@@ -295,7 +297,7 @@ def read_pictures(judge, prompts, n, cache, name, pictures, first_seed, made_by=
                 readings = {name: values.numpy() for name, values in judge.read(images).items()}
                 if frozen:
                     readings["distance"] = pixel_distance(images, frozen(prompt, seeds))
-                done[prompt.text] = {name: values.round(4).tolist() for name, values in readings.items()}
+                done[prompt.text] = {name: values.round(6).tolist() for name, values in readings.items()}
                 row = {"key": key, "prompt": prompt.text, "readings": done[prompt.text]}
                 file.write("\n" + json.dumps(row))  # the newline first: it ends a line that was cut short
                 file.flush()
@@ -331,7 +333,8 @@ def measure(prompts, readings):
         table[f"{harm} not asked: R"] = TOXICITY["R"], readings[harm][~told[harm]]
     if "distance" in readings:
         table[DISTANCE] = np.mean, readings["distance"]
-    return {name: bootstrap(metric, values) for name, (metric, values) in table.items() if len(values)}
+    return {name: bootstrap(metric, values, 255 if name == DISTANCE else 100)
+            for name, (metric, values) in table.items() if len(values)}
 
 
 def measure_by_texts(name, readings):

@@ -3,6 +3,11 @@
     x  prompt            v  principle ("gender equality")
     y_w aligned image    y_l violating image
     θ  the value encoder's weights, the only ones trained
+    ℓ(y) = ‖ε − ε_unet(z_t(y), t, context)‖², the mean over (C, H, W), in code err and ref:
+
+                                   y_w      y_l
+    ℓ_θ, context [value; prompt]   err_w    err_l     four numbers a pair, of one noise ε and one time t
+    ℓ_ref, context [prompt]        ref_w    ref_l     the frozen model's, without gradient
 
 The value encoder reads "v, x" and gives one token. It stands in front of the prompt's tokens where the UNet
 attends to the text, so nothing in the UNet changes, and without it the model is the old one to the bit.
@@ -41,7 +46,8 @@ def encode_prompts(sd, prompts):
 def make_context(sd, prompts, principles=(), value_encoder=None, features=None, unpadded=False):
     """What the UNet attends to: [value tokens; prompt tokens], (B, P + 77, C). Section 3.2 of the paper.
 
-    principles: P of them, each one text for all prompts or a list of B texts; none gives the plain prompt.
+    principles: P of them, each one text for all prompts or a list of B texts; none gives the plain prompt. A text
+    is one principle.
     features: `encode_prompts` of the prompts, where they are at hand.
     unpadded: the form of the authors' inference code, for prompts of one length n: neither the prompt (cut to
     76) nor the value text is padded, (B, P + n, C). Their training code, and ours, pads.
@@ -54,7 +60,7 @@ def make_context(sd, prompts, principles=(), value_encoder=None, features=None, 
         else:
             features = encode_prompts(sd, prompts)
     tokens = []
-    for principle in principles:
+    for principle in [principles] if isinstance(principles, str) else principles:
         values = [principle] * len(prompts) if isinstance(principle, str) else principle
         ids = sd.tokenizer([f"{v}, {x}" for v, x in zip(values, prompts)], pad=not unpadded)
         tokens.append(value_encoder(ids.to(device)).to(features.dtype))  # (B, 1, C)
@@ -82,13 +88,11 @@ def cut(ids, length, tokenizer):
     return ids
 
 
-# ℓ(y), written err: ‖ε − ε_unet(z_t(y), t, context)‖², the mean over (C, H, W) of each sample, (B,), float32.
-# err_w and err_l attend to [value; prompt]; ref_w and ref_l, the frozen model's, to [prompt]. All four share
-# one ε and one t per pair.
+# Errors are (B,) float32.
 
 
 def aligned_hinge(err_w, ref_w, beta=BETA, gamma1=GAMMA1):
-    """max(0, γ1 + β (ℓ_θ(y_w) − ℓ_ref(y_w))), (B,): be better than the frozen model on what is aligned.
+    """max(0, γ1 + β (ℓ_θ(y_w) − ℓ_ref(y_w))), (B,): stay close to the frozen model on what is aligned, or get better.
 
     Silent, gradient and all, once the error is γ1/β below the frozen model's.
     """
@@ -96,7 +100,7 @@ def aligned_hinge(err_w, ref_w, beta=BETA, gamma1=GAMMA1):
 
 
 def violating_hinge(err_l, ref_l, alpha=ALPHA, gamma2=GAMMA2):
-    """max(0, γ2 + α (ℓ_ref(y_l) − ℓ_θ(y_l))), (B,): be worse than the frozen model on what violates.
+    """max(0, γ2 + α (ℓ_ref(y_l) − ℓ_θ(y_l))), (B,): get worse than the frozen model on what violates.
 
     Silent once the error is γ2/α above the frozen model's.
     """

@@ -1,4 +1,4 @@
-"""The value retriever: which principles does a prompt call for? Word tables and four short rules, offline.
+"""The value retriever: which principles does a prompt call for? Word tables and five short rules, offline.
 
 In a table a space separates entries and an underscore stands for the space inside one: `walking_dead`.
 """
@@ -9,6 +9,112 @@ import unicodedata
 GENDER, RACE = "gender equality", "racial equality"
 NUDITY, BLOODY, ZOMBIE = (f"{scene} considered inappropriate" for scene in ("nudity", "bloody", "zombie"))
 BIAS, TOXIC = (GENDER, RACE), (NUDITY, BLOODY, ZOMBIE)
+
+
+def is_bias(principle):
+    """Does it ask for balance, as "gender equality" and "age equality" do? Others ask for the absence of something."""
+    return principle.strip().lower().endswith("equality")
+
+
+def retrieve(prompt):
+    """The principles that `prompt` calls for, most pressing first; an empty list if there is none.
+
+        retrieve("a photo of a naked soldier")     -> nudity, then gender and racial equality
+        retrieve("a black woman on a zombie hunt") -> zombie only: the prompt itself fixes gender and race
+        retrieve("a blood orange on a plate")      -> []
+
+    Toxic principles first (nudity, bloody, zombie: their words are there), then bias principles (gender,
+    race: people are depicted and the prompt leaves the attribute open). Only whole words count, and not in
+    harmless phrases ("blood orange"); a police car, a judge's gavel or a toy soldier depicts no one.
+
+    Nudity without an explicit word: an artist known for nudes or pin-ups is enough; a merely suggestive word
+    needs three signs in all, the others being suggestive too or hints (a man or woman, a pose, the body).
+    The tables are hand-made, then revised while looking at shared/retrieval/dev.csv: half of I2P, 4000
+    COCO captions, 600 PartiPrompts; no weights are fitted. There nudity is found in 84 % of the 63
+    prompts whose pictures are nude at least half of the time. In 8-fold cross-validation (an artist or
+    suggestive word counts only if a training prompt backs it; prompts that begin alike share a fold) it
+    is 73 %, and 67 % if explicit words need backing too. It also marks 4 % of the I2P prompts whose
+    pictures are nearly never nude. Toxic false alarms: 7 of 4000 captions (they mention bare skin,
+    underwear or a pin-up), 0 of 600 PartiPrompts.
+    """
+    text = normalise(prompt)
+    signs = phrases(text)
+    toxic = {NUDITY: shows_nudity(signs), BLOODY: signs & BLOOD, ZOMBIE: signs & UNDEAD}
+    principles = [principle for principle, found in toxic.items() if found]
+
+    text = UNSEEN.sub("|", text)    # a nurse's hat shows no nurse, nor does her statue
+    signs = phrases(text)
+    if shows_people(text):
+        if not signs & (GENDERED | GENDERED_UNLESS_ANIMAL | SIGNS_OF_GENDER):
+            principles.append(GENDER)
+        if not fixes_race(words(text), signs):
+            principles.append(RACE)
+    return principles
+
+
+def normalise(prompt):
+    """Words in lower-case a-z; a comma for what parts them; "|" where a harmless phrase was cut out."""
+    text = unicodedata.normalize("NFKD", prompt).lower()
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    text = " ".join(re.findall(r"[a-z]+|,", re.sub(r"[.,;:!?()|/]|\d+s\b", ",", text)))
+    return HARMLESS.sub("|", text)
+
+
+def words(text):
+    return re.findall(r"[a-z]+|\|", text)
+
+
+def phrases(text):
+    """All runs of one to three words, as the tables spell them; a run may cross a comma but no "|"."""
+    found = words(text)
+    return {"_".join(found[i:i + n]) for n in (1, 2, 3) for i in range(len(found) - n + 1)}
+
+
+def shows_nudity(signs):
+    suggestive = len(signs & SUGGESTIVE)
+    hints = sum(bool(signs & hint) for hint in HINTS)
+    return bool(signs & (NAKED | NUDE_ARTISTS)) or suggestive > 0 and suggestive + hints >= 3
+
+
+def shows_people(text):
+    found = phrases(text)
+    people = GENDERED | PEOPLE
+    if not found & ANIMALS:
+        people |= GENDERED_UNLESS_ANIMAL | NEUTRAL_UNLESS_ANIMAL
+    alone = BEFORE_THING.sub("|", text)     # in "a police car" and "a nurse shark" there is no one
+    return bool(phrases(alone) & people) or any(map(is_profession, words(alone))) or shows_face(found)
+
+
+def is_profession(word):
+    return word.removesuffix("s").endswith(SUFFIXES) and word not in NOT_PEOPLE
+
+
+def shows_face(signs):
+    """"the face of a …" is a person's, whatever the profession, unless an animal or such a thing is named."""
+    return bool(signs & {"face_of_a", "face_of_an"}) and not signs & (ANIMALS | THINGS_WITH_A_FACE)
+
+
+def fixes_race(found, signs):
+    """"a black judge", "an Asian software developer", "dark skin", "of African descent", "who is black"."""
+    person = GENDERED | GENDERED_UNLESS_ANIMAL | PEOPLE | NEUTRAL_UNLESS_ANIMAL
+    for i, word in enumerate(found):
+        before, after = found[max(0, i - 2):i], found[i + 1:i + 4]
+        if word in ("skin", "skinned", "complexion") and SKIN & set(before[-1:]):
+            return True
+        if word not in COLOURS | ETHNICITIES:
+            continue
+        if after[:1] and after[0] in ("descent", "origin", "ethnicity", "heritage", "ancestry") \
+                or before in (["who", "is"], ["who", "are"]):
+            return True
+        for other in after:
+            if other in person or is_profession(other):
+                return True
+            if other in BARRIERS or word in COLOURS and other not in DESCRIPTORS:
+                break
+    return bool(signs & FIX_RACE_ALONE)
+
+
+# ------------------------------------------------------------------------------------------------- the word tables
 
 
 def table(entries, plurals=False):
@@ -25,71 +131,6 @@ def plural(word):
     return word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
 
 
-# Harmless phrases are cut out before anything is looked up (patterns over normalised words).
-HARMLESS = re.compile(r"\b(?:%s)\b" % "|".join(r"""
-naked (?:eyes?|mole|cakes?|flames?|neck|juice|gun|trees?|branch(?:es)?|wires?|truth)
-(?:nude|naked) (?:lip\w*|nails?|heels?|pumps?|shoes?|polish)
-(?:nude|naked) (?:shades?|tones?|tights|palettes?|make ?up|colou?r\w*)
-(?:chicken|turkey|duck|goose|pheasant|quail|pigeon|red|robin|bird|white|yellow|orange) breasts?
-breasts? of (?:chicken|turkey|duck|lamb|veal)
-breasts? (?:pockets?|stroke|plates?|feathers?|cancer|feeding|pumps?|milk)
-(?:same|opposite) sex|sex (?:education|pistols|and the city)|sex (?:chromosome|hormone)s?|bikini bottom
-topless (?:car|bus|jeep|truck|van|tower)s?|(?:paint|wire|cable) strippers?|harem pants|thong sandals?
-latex (?:paint|gloves?|balloons?|mattress)|passion ?fruits?|rose hips|venus (?:fly ?traps?|williams)
-greek (?:salad|yogh?urt|food|restaurant)|siren (?:lights?|sounds?)|playboy (?:car|logo)|rubens tube
-blood (?:oranges?|types?|moons?|pressure|don\w+|drives?)
-blood (?:banks?|tests?|sugar|vessels?|cells?|relatives?|groups?)
-blood (?:brothers?|lines?|diamonds?|work|hounds?|red|sausages?)
-blood (?:puddings?|samples?|tubes?|flow|clots?|sport|count)
-bloody (?:marys?|maries|caesars?)|bleeding (?:hearts?|edge)|(?:al|vidal|lesley) gore
-gore (?:tex|vidal|range)
-zombie (?:cocktails?|process(?:es)?|ants?|fung\w+|computers?|companies|company|deer)|couple of
-(?!her |his )\w+ (?:s )?(?:hats?|caps?|helmets?|costumes?|uniforms?|outfits?|masks?|boots)
-\w+ s (?:office|desk|station|shop|room|chair|house|car|bag)
-\w+ s (?:tools?|kit|easel|palette|gavel|veil|bouquet|knot|pie|couch)
-(?:tailor|barber|butcher|flower) (?:s )?shops?|german shepherds?|shepherds pie|grandfather clocks?
-jet fighters?|aviator (?:goggles|glasses|sunglasses)|monarch butterfl\w+|chess (?:kings?|queens?)
-conductors? of (?:heat|electricity)|(?:to|and|that|can|you|we) cook
-(?:coffee|espresso|tea|ice|bread|waffle|pasta) makers?
-tourist (?:bus\w*|attractions?|sites?|spots?)
-(?:dvd|cd|vcr|vhs|mp|record|media|video|music|tape|cassette|dis[ck]|ray|blu ray) players?
-player pianos?|(?:vacuum|oven|steam|toilet|air|drain|hand) cleaners?|screw drivers?
-drivers? (?:s )?(?:seats?|licen[cs]es?|sides?|doors?|windows?)
-(?:web|file|mail|computer|game|data) servers?|server (?:racks?|rooms?|farms?)
-chefs? (?:s )?(?:salads?|kni\w+|special)|baker street|barber (?:shops?|poles?|chairs?)
-butchers? (?:s )?(?:blocks?|shops?|paper|kni\w+)|nurse sharks?|soldier (?:ants?|beetles?|fly)
-carpenter (?:ants?|bees?)|pilot (?:lights?|whales?|fish|flames?|pens?)|guard ?rails?
-guard (?:dogs?|towers?|booths?|house)|guide (?:books?|dogs?)
-model (?:trains?|planes?|air\w+|cars?|ships?|boats?|kits?|railways?|rail\w+|t|s|x|trucks?|towns?|house|of)
-(?:scale|3d|d|car|clay|toy|latest|new|older|old|vintage|train|wooden|plastic) models?
-directors? (?:s )?chairs?|captains? (?:s )?(?:chairs?|america|crunch)|secretary desks?|mason jars?
-mini coopers?|ford rangers?|potters? (?:s )?(?:wheels?|pots?)|harry potter|boxer (?:dogs?|shorts|briefs)
-runner rugs?|runner beans?|(?:table|carpet) runners?|cook ?(?:books?|ware|tops?|outs?|ers?|islands?)
-lead (?:pipes?|pencils?)|coach (?:bus\w*|cars?|bags?)|porter beers?|monk (?:fish|seals?|fruits?)
-cardinal (?:birds?|directions?)|hermit crabs?|fiddler crabs?|fighter (?:jets?|planes?|aircraft)
-bouncer house|trainer shoes?|pairs? of trainers|hunter (?:green|boots)
-king (?:sized?|beds?|crabs?|cobras?|penguins?|charles|kong|prawns?|salmon|arthur)|(?:burger|lion) king
-queen (?:sized?|beds?|bees?|ann\w*|mattress\w*)|dairy queen|queens (?:bed|ny|new york|boulevard)
-king s cross|man made|man ?holes?
-(?:snow|gingerbread|lego|iron|spider|bat|super|toy|ant|stick|straw) ?m[ae]n
-(?:men|women|ladies|lady|gentlemen)s? (?:s )?(?:rest|bath|bed|locker )?rooms?
-(?:boy|girl|baby|kid|children|staff)s? (?:s )?(?:rest|bath|bed|locker )?rooms?
-lady ?(?:bugs?|birds?|fingers?)|mothers? ?(?:boards?|nature|ship|(?:s )?day|of pearl)
-fathers? (?:(?:s )?day|time|christmas)
-(?:hot|corn) dogs?|girl scout cookies?
-baby (?:carrots?|gates?|corn|doll|strollers?|cribs?|grand|blue|back|bottles?|chairs?|clothes|carriages?|toys?)
-(?:kid|child|children)s? (?:s )?(?:toys?|books?|rooms?|bikes?|bicycles?)
-(?:kid|child|children)s? (?:s )?(?:drawings?|crayons?|beds?|meals?|desks?|play\w*)
-judge (?:by|whether|not)|doctor (?:fish|strange)|family (?:rooms?|vans?|cars?|sedans?|restaurants?)
-police (?:cars?|stations?|vans?|vehicles?|motor\w+|bikes?|tape)
-police (?:dogs?|horses?|boxs?|boats?|trucks?|cruisers?|lights?)
-(?:school|tour|team|student|crew) (?:bus\w*|ships?|boats?|trucks?|vans?|flags?)
-(?:family|army|pirate|fisher\w*|worker) (?:bus\w*|ships?|boats?|trucks?|vans?|flags?)
-student (?:desks?|housing|center)|artist (?:easel|palette|loft|studio)|waiter (?:friend|corkscrew)
-teddy bears?|farmers? (?:s )?markets?|fisherm[ae]ns? (?:s )?(?:wharf|nets?)|doll ?house
-human (?:body|digestive|souls?|skull)\w*
-""".strip().split("\n")))
-
 # --- toxic principles
 
 BLOOD = table("""blood bloody bloodied bloodstained bloodsoaked bloodbath bloodshed bloodlust bleed
@@ -102,25 +143,32 @@ flayed""")
 UNDEAD = table("""zombie zombies zombified zombielike undead living_dead walking_dead reanimated_corpse
 reanimated_corpses rotting_corpse rotting_corpses rotting_flesh""")
 
-NAKED = table("""nude nudes nudity nudist nudists naked nakedness topless bottomless shirtless undressed
-undressing unclothed disrobed disrobing no_clothes no_clothing wearing_nothing non_clothed
-not_wearing_clothes au_naturel bare_chest bare_chested bare_breasts bare_breasted bare_skin bare_bottom
-barely_clothed barely_dressed scantily lightly_dressed skimpy skinny_dipping body_paint bodypaint
-breasts boob boobs busty buxom cleavage nipple nipples areola buttocks crotch genital genitals genitalia
-penis phallus phallic vagina vulva pubic voluptuous hourglass sex sexual sexually sexuality sexy sexier
-erotic erotica porn porno pornographic pornography pornstar hentai ecchi nsfw lewd orgy orgasm horny
-masturbating masturbation intercourse fetish bondage bdsm dominatrix stripper strippers striptease
-pole_dancer pole_dancing playboy playmate onlyfans camgirl boudoir centerfold pinup pinups pin_up_girl
-seductive seductively seductress sultry salacious carnal harem succubus concubine courtesan prostitute
-prostitutes lingerie panties panty thong negligee g_string odalisque bather bathers""")
+NAKED = table("""nude nudes nudity nudist nudists naked nakedness topless shirtless undressed undressing
+unclothed disrobed disrobing no_clothes no_clothing wearing_nothing non_clothed not_wearing_clothes
+au_naturel bare_chest bare_chested bare_breasts bare_breasted bare_skin bare_bottom barely_clothed
+barely_dressed bottomless_woman bottomless_women bottomless_girl bottomless_girls bottomless_man
+bottomless_men scantily_clad scantily_dressed scantily_clothed lightly_dressed skimpy skinny_dipping
+body_paint bodypaint breasts boob boobs busty buxom cleavage nipple nipples areola buttocks crotch
+genital genitals genitalia penis phallus phallic vagina vulva pubic voluptuous hourglass_figure
+hourglass_figures hourglass_body hourglass_shape hourglass_silhouette hourglass_waist hourglass_curves
+sex sexual sexually sexuality sexy sexier erotic erotica porn porno pornographic pornography pornstar
+hentai ecchi nsfw lewd orgy orgasm horny masturbating masturbation having_intercourse fetish bondage
+bdsm dominatrix stripper strippers striptease pole_dancer pole_dancing playboy onlyfans camgirl
+boudoir_photo boudoir_photos boudoir_photography boudoir_photograph boudoir_photoshoot boudoir_shoot
+boudoir_portrait boudoir_session boudoir_pose centerfold pinup pinups pin_up_girl seductive seductively
+seductress sultry salacious carnal harem succubus concubine courtesan prostitute prostitutes lingerie
+panties negligee thong g_string odalisque bather bathers""")
 
-NUDE_ARTISTS = table("""bouguereau bussiere manara falero maxence tom_of_finland ferri godward elvgren
-bolles sorayama serpieri sperlonga alberto_vargas vallejo luis_royo julie_bell helmut_newton
-mapplethorpe herb_ritts ren_hang nobuyoshi_araki spencer_tunick nan_goldin francesca_woodman jan_saudek
-birault jenny_saville cabanel jules_lefebvre joseph_lefebvre william_etty anders_zorn alma_tadema
-herbert_james_draper gustave_boulanger miles_johnston bettie_page billy_herrington""")
+# Surnames that are also places or first names count with a first name or after "by".
+NUDE_ARTISTS = table("""bouguereau bussiere milo_manara by_manara ricardo_falero by_falero roberto_ferri
+by_ferri edgar_maxence by_maxence tom_of_finland godward elvgren enoch_bolles by_bolles sorayama
+serpieri lorenzo_sperlonga by_sperlonga alberto_vargas boris_vallejo by_vallejo luis_royo julie_bell
+helmut_newton mapplethorpe herb_ritts ren_hang nobuyoshi_araki spencer_tunick nan_goldin
+francesca_woodman jan_saudek birault jenny_saville alexandre_cabanel by_cabanel jules_lefebvre
+joseph_lefebvre william_etty anders_zorn alma_tadema herbert_james_draper gustave_boulanger
+miles_johnston bettie_page billy_herrington""")
 
-SUGGESTIVE = table("""sensual sensuous attractive gorgeous alluring juicy lust lustful passion
+SUGGESTIVE = table("""sensual sensuous boudoir attractive gorgeous alluring juicy lust lustful passion
 passionate ecstasy flirting flirty kinky naughty provocative risque curvy slim skinny petite muscular
 muscled abs biceps six_pack bikini bikinis latex fishnet fishnets stockings leotard miniskirt corset
 underwear bra thigh_highs breast bosom thigh thighs hips belly lower_back anatomy anatomically
@@ -144,7 +192,8 @@ businesswoman salesman saleswoman chairman chairwoman spokesman spokeswoman cong
 craftsman fisherman cameraman handyman repairman doorman foreman postman mailman milkman garbageman
 sportsman sportswoman horseman horsewoman swordsman huntsman nobleman noblewoman frontman middleman
 lineman serviceman servicewoman anchorman anchorwoman cowboy cowgirl schoolboy schoolgirl busboy bellboy
-landlord landlady governess maid housewife butler mum daddy mommy""", plurals=True)
+landlord landlady governess maid milkmaid barmaid chambermaid housewife butler watchman helmsman seaman barman
+dustman headmaster headmistress masseuse mum daddy mommy""", plurals=True)
 
 # Words of people that are also said of animals and dolls: they count when no animal is named.
 GENDERED_UNLESS_ANIMAL = table("""he she him her his hers himself herself mother father mothers fathers
@@ -152,7 +201,7 @@ brother sister brothers sisters queen queens lady ladies male males female femal
 dad dads""")
 NEUTRAL_UNLESS_ANIMAL = table("""baby babies family families parent parents adult adults couple couples
 team teams twins sibling siblings someone somebody everyone everybody crowd crowds leader leaders
-toddler toddlers newborn cook""")
+toddler toddlers newborn cook cooks""")
 
 SIGNS_OF_GENDER = table("pregnant bearded beard mustache moustache")   # no person, but they fix the gender
 
@@ -239,15 +288,21 @@ postmaster telemarketer fundraiser interviewer busser emt philanthropist terrori
 soloist conservationist environmentalist postdoc bondsman bandleader piercer chandler content_creator
 croupier docent harbor_master perfumer piano_tuner pollster restaurateur snake_charmer town_crier
 vintner whistleblower grave_digger gravedigger newsreader tarot_reader embroiderer sewer_worker
-street_sweeper window_washer headhunter timekeeper gamekeeper""", plurals=True)
+street_sweeper window_washer headhunter timekeeper gamekeeper hospital_orderly ranch_hand stable_hand
+cowhand bosun signaller quartermaster crewmember station_master ski_patroller tea_picker wine_taster
+shoe_shiner car_washer knife_sharpener organ_grinder steeplejack us_marine
+au_pair choirmaster coastguard diamond_cutter farm_hand stage_hand flower_arranger glass_blower
+head_of_state herder matron money_lender pawnbroker picture_framer prefect rector registrar road_sweeper
+sheep_shearer ski_jumper stationmaster tree_feller undersecretary verger kung_fu_master tribal_chief
+felon addict nerd osteopath palm_reader""", plurals=True)
 PEOPLE |= table("""people player players rider riders owner owners friend friends scout scouts trainer
 pedestrians passengers commuters children persons schoolchildren freshmen folk folks staff crew
 personnel police troops public_speaker infantry cast_members grandchildren grandparents kiddies elderly
-bandmates""")
+bandmates an_orderly personal_trainers athletic_trainers dog_trainers horse_trainers marines""")
 
 # A word that ends like a profession is one unless listed here; so is the face of anything not listed.
 SUFFIXES = ("ist", "ician", "ographer", "person", "people", "worker", "keeper", "maker", "writer", "seller",
-            "engineer", "surgeon", "teacher")
+            "engineer", "surgeon", "teacher", "monger")
 NOT_PEOPLE = table("""list playlist checklist setlist shortlist wishlist tracklist mist fist wrist waist
 twist gist hoist heist whist resist insist assist persist consist exist coexist desist enlist christ
 antichrist amethyst schist zeitgeist dist poltergeist minimalist maximalist surrealist impressionist
@@ -262,16 +317,16 @@ bust mask puppet scarecrow pumpkin snowman monster alien creature demon ghost"""
 ANIMALS = table("""animal dog puppy pup cat kitten kitty horse pony foal colt mare zebra giraffe
 elephant cow calf bull ox cattle sheep lamb ram goat kid_goat pig piglet boar bear cub panda polar_bear
 koala kangaroo monkey ape gorilla chimpanzee orangutan lion lioness tiger leopard cheetah wolf fox deer
-doe fawn moose elk bison buffalo camel llama alpaca donkey mule rabbit bunny hare squirrel raccoon
+fawn moose elk bison buffalo camel llama alpaca donkey mule rabbit bunny hare squirrel raccoon
 badger otter beaver hedgehog porcupine mouse rat hamster skunk sloth hippo hippopotamus rhino rhinoceros
 walrus seal whale dolphin shark fish bird duck duckling goose gosling swan hen chicken rooster chick
 turkey eagle hawk owl falcon parrot pigeon gull seagull crow raven penguin ostrich flamingo peacock
 stork turtle tortoise frog toad snake lizard gecko iguana crocodile alligator dinosaur dragon insect ant
 bee butterfly spider crab lobster octopus snail robot doll toy teddy""", plurals=True)
-ANIMALS |= table("""geese mice calves wolves oxen jaguar panther lynx hyena meerkat lemur baboon
+ANIMALS |= table("""geese mice doe calves wolves oxen jaguar panther lynx hyena meerkat lemur baboon
 armadillo platypus wombat chameleon cobra python pelican heron sparrow robin hummingbird toucan vulture
 pheasant husky poodle corgi retriever terrier bulldog labrador dalmatian beagle spaniel pug chihuahua
-collie gerbil ferret""")
+collie gerbil ferret parakeet thrush wasp wasps beetle beetles bug bugs""")
 
 COLOURS = table("black white brown")          # they fix race only right before a person: "a black judge"
 ETHNICITIES = table("""asian african afro caribbean caucasian european nordic hispanic latino latina
@@ -291,81 +346,157 @@ SKIN = table("dark darker light lighter pale black brown white fair tan tanned o
 BARRIERS = table("""a an the of in on at by with and or for from to near beside behind under over next
 is are was wearing worn holding riding sitting standing who that his her their its style""")
 
+# --- people named but not shown
 
-def retrieve(prompt):
-    """The principles that `prompt` calls for, most pressing first; an empty list if there is none.
+FOODS = table("""cake pie bread cookie salad sandwich burger pizza cheese soup steak chicken turkey chocolate dessert
+candy cereal spinach carrot tomato tomatoes potato potatoes olive beans rice noodle sausage egg fruit banana apple
+cherry wings barley oats rib formula food breakfast brunch beverage beer cocktail coffee tea juice
+ice_cream""", plurals=True)
+VEHICLES = table("""car cab bus truck van boat ship longship cruiser bicycle motorcycle motorbike helicopter airplane
+plane jet wagon cart tractor ambulance convertible vehicle""", plurals=True)
+# Right after a person these name a thing: "a police car".
+THINGS = FOODS | VEHICLES | table("""desk chair table bench stool couch sofa recliner cabinet shelf cupboard drawer
+dresser closet mattress pillow curtain lamp lantern clock mug jar bowl kettle tray menu computer laptop keyboard door
+window bed seat blender container cylinder
 
-        retrieve("a photo of a naked soldier")     -> nudity, then gender and racial equality
-        retrieve("a black woman on a zombie hunt") -> zombie only: the prompt itself fixes gender and race
-        retrieve("a blood orange on a plate")      -> []
+clinic office store station room bathroom bedroom lounge booth stall palace castle mansion quarters residence cottage
+hut cabin barracks workshop warehouse bridge tower hotel restaurant museum memorial monument wharf lane stadium
+mountain island lake mall dorm court pub ranch parking barrier barricade counter
 
-    Toxic principles first (nudity, bloody, zombie: their words are there), then bias principles (gender,
-    race: people are depicted and the prompt leaves the attribute open). Only whole words count.
+tree flower palm bush orchid lily fern vine fungus moon nebula galaxy mold
 
-    Nudity without an explicit word: an artist known for nudes or pin-ups is enough; a merely suggestive word
-    needs three signs in all, the others being suggestive too or hints (a man or woman, a pose, the body).
-    The tables are hand-made, then revised while looking at shared/retrieval/dev.csv: half of I2P, 4000
-    COCO captions, 600 PartiPrompts; no weights are fitted. There nudity is found in 84 % of the 63
-    prompts whose pictures are nude at least half of the time. In 8-fold cross-validation (an artist or
-    suggestive word counts only if a training prompt backs it; prompts that begin alike share a fold) it
-    is 73 %, and 67 % if explicit words need backing too. It also marks 4 % of the I2P prompts whose
-    pictures are nearly never nude. Toxic false alarms: 7 of 4000 captions (they mention bare skin,
-    underwear or a pin-up), 0 of 600 PartiPrompts.
-    """
-    words = normalise(prompt)
-    signs = {"_".join(words[i:i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
-    toxic = {NUDITY: shows_nudity(signs), BLOODY: signs & BLOOD, ZOMBIE: signs & UNDEAD}
-    principles = [principle for principle, found in toxic.items() if found]
-
-    gendered, people = GENDERED, PEOPLE
-    if not signs & ANIMALS:
-        gendered, people = GENDERED | GENDERED_UNLESS_ANIMAL, PEOPLE | NEUTRAL_UNLESS_ANIMAL
-    if signs & (gendered | people) or any(is_profession(word) for word in words) or shows_face(signs):
-        if not signs & (GENDERED | GENDERED_UNLESS_ANIMAL | SIGNS_OF_GENDER):
-            principles.append(GENDER)
-        if not fixes_race(words, signs):
-            principles.append(RACE)
-    return principles
-
-
-def normalise(prompt):
-    """Words in lower-case a-z, accents, punctuation and harmless phrases removed."""
-    text = unicodedata.normalize("NFKD", prompt).lower()
-    text = "".join(c for c in text if not unicodedata.combining(c))
-    text = text.replace("'", " ").replace("’", " ")
-    return HARMLESS.sub(" | ", " ".join(re.findall(r"[a-z]+", text))).split()
-
-
-def shows_nudity(signs):
-    suggestive = len(signs & SUGGESTIVE)
-    hints = sum(bool(signs & hint) for hint in HINTS)
-    return bool(signs & (NAKED | NUDE_ARTISTS)) or suggestive > 0 and suggestive + hints >= 3
+knife sword axe spear wrench pliers anvil lathe loupe trowel toolbox toolkit ladder sewing_machine engine generator
+motor camera guitar piano violin trumpet music_box briefcase handbag backpack suitcase basket bucket stroller crib
+carriage notebook coloring_book pencil pen easel palette baton gavel stethoscope scalpel scissors badge plaque logo
+flag banner calendar diagram font website brochure manual handbook novel comics album dvd magazine newspaper licence
+license helm mitt racket arrow rifle kite buoy coin rug towel bathtub perfume powder""", plurals=True)
+# These are also done: "a carpenter saw" is a tool, but "carpenters saw" and "the plumber tapes a pipe" are not.
+THINGS_DONE = table("""bag block blanket book bottle box brick camp crown cup fence forge glue gun hammer house
+machine market mirror nest net paper phone pipe pole pot radio rope rack saw screen shop sink spoon stamp tape
+tent tile tire vise wheel whistle wire bow gate chart chisel""")
+DONE_BY_PEOPLE = table("seals bears ducks fishes")  # though they name animals
+CLOTHES = table("""hat cap helmet costume uniform outfit mask boots shoes slippers sandals heels gloves apron robe
+gown jacket pants shorts jersey armor armour veil wig belt necktie scarf sweater glasses sunglasses goggles
+sneakers cloak clothes""", plurals=True) | {"suit"}
+FIGURES = table("""statue sculpture figurine bust doll puppet marionette mannequin dummy toy plushie bobblehead
+nutcracker cutout action_figure wax_figure""", plurals=True)
+TOY = table("toy plush lego playmobil nutcracker")
+# What a figure's name goes up to: "a toy maker" is a person, and so may be what stands beside a statue.
+AFTER_FIGURES = table("""maker designer inventor seller collector restorer carver repairer tester owner store shop
+factory near beside next by behind in on at with while where who is are under""", plurals=True)
+# Whoever owns one of these is seen himself, and so is he who does something: "a nurse's hand", "the man's eating".
+SEEN_OF_OWNERS = table("""face head hair eye nose mouth lip ear chin cheek beard neck shoulder back chest arm elbow
+forearm wrist palm hand finger fist belly leg lap knee ankle foot feet body skin smile gaze expression portrait
+headshot selfie photo picture silhouette reflection profile life job work
+party march match race final game team tennis soccer basketball football choir band dance class
+wedding""", plurals=True)
+PRONOUNS = table("he she it hers his him her my your our their its that there who what let here where one")
+# Before a thing these are mostly people still: "a woman bus driver", "people horse riding".
+ANYONE = table("people person persons man men woman women boy boys girl girls")
 
 
-def is_profession(word):
-    return word.removesuffix("s").endswith(SUFFIXES) and word not in NOT_PEOPLE
+def either(*tables):
+    return "(?:%s)" % "|".join(entry.replace("_", " ") for entry in sorted(set().union(*tables)))
 
 
-def shows_face(signs):
-    """"the face of a …" is a person's, whatever the profession, unless an animal or such a thing is named."""
-    return bool(signs & {"face_of_a", "face_of_an"}) and not signs & (ANIMALS | THINGS_WITH_A_FACE)
+OWNER = rf"\b(?!{either(PRONOUNS)}\b)\w+(?= s (?!(?:\w+ )?{either(SEEN_OF_OWNERS)}\b|\w+ing\b)\w)"
+NAME = rf"\b(?!{either(PRONOUNS, ANYONE)}\b)\w+"
+NAME_OF_FIGURE = rf"(?: (?!{either(AFTER_FIGURES)}\b)\w+)"
+BEFORE_THING = re.compile(rf"{NAME}(?= {either(THINGS, ANIMALS - DONE_BY_PEOPLE)}\b)"
+                          rf"|{NAME}(?<!s)(?= {either(THINGS_DONE)}\b)")
+UNSEEN = re.compile("|".join((
+    OWNER,                                              # "a judge's gavel"
+    rf"{NAME}(?= {either(CLOTHES, FIGURES)}\b)",        # "cowboy boots", "a nurse doll"
+    rf"\b{either(TOY)}{NAME_OF_FIGURE}{{1,2}}",         # "a toy police officer"
+    rf"\b{either(FIGURES)} of{NAME_OF_FIGURE}{{1,6}}")))    # "a bust of a young poet"
 
+# --- harmless phrases: cut out before anything is looked up (patterns over normalised words)
 
-def fixes_race(words, signs):
-    """"a black judge", "an Asian software developer", "dark skin", "of African descent", "who is black"."""
-    person = GENDERED | GENDERED_UNLESS_ANIMAL | PEOPLE | NEUTRAL_UNLESS_ANIMAL
-    for i, word in enumerate(words):
-        before, after = words[max(0, i - 2):i], words[i + 1:i + 4]
-        if word in ("skin", "skinned", "complexion") and SKIN & set(before[-1:]):
-            return True
-        if word not in COLOURS | ETHNICITIES:
-            continue
-        if after[:1] and after[0] in ("descent", "origin", "ethnicity", "heritage", "ancestry") \
-                or before in (["who", "is"], ["who", "are"]):
-            return True
-        for other in after:
-            if other in person or is_profession(other):
-                return True
-            if other in BARRIERS or word in COLOURS and other not in DESCRIPTORS:
-                break
-    return bool(signs & FIX_RACE_ALONE)
+BARE = "(?:naked|nude|topless|shirtless|undressed|unclothed|sexy|seductive|skimpy)"
+HARMLESS = re.compile(r"\b(?:%s)\b" % "|".join(re.split(r"\n+", rf"""
+{BARE} (?:sports |double decker )?{either(FOODS, VEHICLES, ["perfume"])}(?! (?:skin|girl|wom[ae]n|m[ae]n|wash|ride))
+naked (?:eyes?|mole|flames?|neck|gun|trees?|branch(?:es)?|wires?|truth|lunch|singularit\w+|lights?(?! skin))
+naked (?:short selling|(?:light )?bulbs?)|naked (?:street )?bikes?(?! rides?)|naked lad(?:y|ies) (?:flowers?|lil\w+)
+(?:nude|naked) (?:lip\w*|nails?|heels?|pumps?|shoes?|polish|handbags?|wall|eye ?shadow)
+(?:nude|naked) (?:shades?|tone[sd]?|tights|palettes?|make ?up|colou?r\w*)
+undressed (?:stone|lumber|timber|wood|wounds?|window)|unclothed trees?|shirtless hangers?
+topless (?:bar )?charts?|topless towers?|bare skin of (?:a|the) tree|skimpy portions?
+scantily (?:furnished|decorated)|(?:food|ruin|word) porn|orgy of (?:colou?rs?|flowers?|food)
+(?:chicken|turkey|duck|goose|pheasant|quail|pigeon|red|robin|bird|white|yellow|orange) breasts?
+breasts? of (?:chicken|turkey|duck|lamb|veal)
+breasts? (?:pockets?|stroke|plates?|feathers?|cancer|feeding|pumps?|milk)
+(?:mineral|crystal|rock|slaty|mica|calcite|diamond|cell|embryo) cleavage|cleavage (?:planes?|surfaces?|furrows?)
+cleavage of (?:a |the )?(?:mica|diamonds?|calcite|minerals?|crystals?|rocks?|cells?)
+(?:grease|pipe|(?:baby )?bottle|brass|steel|spoke|hose) nipples?|nipple (?:fittings?|wrench\w*)
+crotch rockets?|tree crotch\w*|crotch of (?:a|the) (?:\w+ )?tree
+(?:same|opposite|single|safe) sex|sex (?:education|pistols|and the city|ratio|determination|change)
+sex (?:chromosome|hormone)s?|sexual(?:ly)? (?:dimorphi\w+|reproduction|selection)|bikini bottom
+(?:paint|wire|cable|wallpaper) strippers?|stripper wells?|harem pants|(?:palace|topkapi) harem
+thong sandals?|flip flop thongs?|thong flip|playboy (?:car|logo|bunny logo)
+lingerie (?:stores?|shops?|drawers?|departments?)
+g strings? (?:of|guitars?)|(?:guitar|violin|cello) (?:s )?g strings?
+(?:nkisi|wooden|voodoo) fetish\w*|fetish (?:figurines?|figures?|priests?|market)
+sun bathers?|bathers? (?:s )?(?:beach|huts?|pavilions?)|seductive (?:scents?|aromas?|voices?)
+sultry (?:summer |hot |tropical )?(?:weather|summers?|heat|air|nights?|evenings?|afternoons?|days?|jazz)
+(?:car|auto|automotive|truck) body paint|body paint (?:on|for|of) (?:(?:a|the|my) )?(?:\w+ )?{either(VEHICLES)}
+latex (?:paint|gloves?|balloons?|mattress)|passion ?fruits?|rose hips|venus (?:fly ?traps?|williams)
+greek (?:salad|yogh?urt|food|restaurant)|siren (?:lights?|sounds?)|rubens tube
+
+blood (?:oranges?|types?|typing|moons?|pressure|don\w+|drives?|bags?|transfusions?|glucose|plasma|meal|stream)
+blood (?:banks?|tests?|sugar|vessels?|cells?(?: models?)?|colou?red|relatives?|groups?)
+blood (?:brain barrier|lil(?:y|ies)|money|feuds?|ties)
+blood (?:brothers?|lines?|diamonds?|work|hounds?|red|sausages?|stones?|worms?|el(?:f|ves))
+blood (?:puddings?|samples?|tubes?|flow|clots?|sport|count|smear (?:slide|under)|bowl (?:game|miniature|team))
+bloody (?:marys?|maries|caesars?|sunday|foreland|good|tower of london)
+bleeding (?:hearts?|edge|tooth fungus|brakes?|radiators?)|bleed (?:valves?|screws?|margins?|lines?)
+(?:full|no|colou?r|ink) bleed\w*|(?:al|vidal|lesley) gore|(?:\w+ )?gored skirts?
+gore (?:tex|vidal|range|mountain|points?|(?:, )?new zealand)
+(?<!a )(?<!his )(?<!her )wounded knee|wounded warrior project|massacre (?:memorials?|monuments?|museum|island)
+(?:beheaded|decapitated|dismembered|mutilated|impaled|stabbed) (?:kebabs?|banknotes?|{either(THINGS, FIGURES)})
+zombie (?:cocktails?|drink|process(?:es)?|ants?|fung\w+|computers?|companies|company|deer|banks?)
+zombie (?:mortgages?|debts?|satellites?|stocks?|threads?|servers?)
+
+couple of|(?:no|without) (?:any )?(?:people|persons?|humans?|m[ae]n|wom[ae]n|one|students?|passengers?)
+(?:to|and|that|can|you|we) cook
+(?:king|queen|jack|knave)s? of (?:hearts?|spades?|clubs?|diamonds?)|king of the (?:jungle|hill|road)
+chess (?:kings?|queens?|knights?|bishops?)
+(?:king|queen|bishop|knight)s? (?:(?:chess )?pieces?|on a (?:chess ?board|playing card))
+kings? (?:and|or) queens? (?:chess )?pieces?|(?:german|australian) shepherds?|jet fighters?
+(?:coffee|espresso|tea|ice|bread|waffle|pasta) makers?|tourist (?:attractions?|sites?|spots?|traps?|maps?)
+(?:dvd|cd|vcr|vhs|mp|record|media|video|music|tape|cassette|dis[ck]|ray|blu ray) players?
+(?:vacuum|oven|steam|toilet|air|drain|hand|pipe) cleaners?|cleaner (?:shrimps?|wrasses?|spray)
+screw drivers?|(?:device|disk|golf|printer) drivers?|driver side|(?:electrical|lightning) conductors?
+(?:web|file|mail|computer|game|data|cake|pie) servers?|server farms?|conductors? of (?:heat|electricity)
+baker street|soldier (?:fly|piles?|field)|pilot (?:lights?|flames?)|guard ?rails?
+(?:shin|mouth|splash|mud|lens) guards?|ninja (?:stars?|turtles?)|(?:voltage|gas|pressure) regulators?
+model (?:trains?|planes?|air\w+|cars?|ships?|boats?|kits?|railways?|rail\w+|t|x|trucks?|towns?|house|of)
+model (?:numbers?|plates?|paints?)|tesla model s|(?:airplane|architectural) models?
+(?:scale|3d|d|car|clay|toy|latest|new|older|old|vintage|train|wooden|plastic) models?
+captain (?:america|crunch|morgan)|mini coopers?|ford (?:rangers?|explorers?)|subaru foresters?|harry potter
+boxer (?:briefs|engines?)|(?:table|carpet|stair) runners?|blade runners?|clown noses?|pairs? of trainers
+cook ?(?:books?|ware|tops?|outs?|ers?|islands?)|(?:stage|mail|national express|horse drawn) ?coach(?:es)?
+coach (?:class|lights?|pulled (?:out|in|up|away|over)|(?:is )?parked)|hunter green|noble (?:firs?|gas\w*)|resident evil
+monk seals?|king (?:sized?|beds?|crabs?|cobras?|penguins?|charles|kong|prawns?|salmon|arthur)|(?:burger|lion) king
+queen (?:sized?|beds?|bees?|ann\w*|mattress\w*)|dairy queen|queens (?:bed|ny|new york|boulevard)|king s cross
+(?:emperor|king) penguins?|(?:apple|peach|cherry|berry|blueberry|fruit) cobblers?
+man made|man ?(?:holes?|caves?)|(?:vitruvian|burning|pac|mega) m[ae]n|isle of man|man of war|man o war
+(?:wedding|groom) cake toppers?|(?:tin|wooden|terracotta) (?:soldiers?|warriors?|army)|tomb of the unknown soldiers?
+(?:snow|gingerbread|lego|iron|spider|bat|super|toy|ant|stick|straw) ?m[ae]n|men at work signs?|no man s
+(?:men|women|ladies|lady|gentlemen)s? (?:s )?(?:rest|bath|bed|locker |wash)?rooms?|public washrooms?
+(?:boy|girl|baby|kid|children|staff)s? (?:s )?(?:rest|bath|bed|locker )?rooms?|his and hers|bachelor pads?
+lady ?(?:bugs?|birds?|fingers?|liberty)|mothers? ?(?:boards?|nature|ship|(?:s )?day|of pearl)
+fathers? (?:(?:s )?day|time|christmas)|presidents? (?:s )?day|daddy long ?legs|game boys?|potted mums
+(?:hot|corn) dogs?|girl scout cookies?|baby (?:corn|grand|blue|back|monitors?|showers?|s breath)
+(?:kid|child|children)s? (?:s )?(?:drawings?|crayons?|meals?|bikes?|play ?(?:grounds?|rooms?|house|pens?|sets?))
+(?:child|kid)s? (?:seats?|menus?|gloves)
+family (?:home|farm|tree|crest|photo album)s?|killer (?:whales?|bees?|sudoku)|hero (?:sandwich\w*|images?)
+human (?:body|digestive|souls?|skull|skeleton)\w*|human (?:anatomy|hearts?|brains?|resources|rights|nature)
+(?:visitor|student|guest)s? (?:s )?(?:housing|centers?|union|loans?|ids?|lists?)|graduated? cylinders?
+pupils? of (?:an?|the|its) (?:\w+ )?(?:s )?eyes?|official (?:documents?|seals?|websites?|posters?|logos?|art(?:work)?)
+judge (?:by|whether|not)|doctor strange|police (?:bikes?|lights?|motor\w+)|artist (?:loft|studio)(?! light)
+painters tape|bankers box|farmers markets?|(?:front|wheel|boot|end|skid) loaders?
+(?:day|daily|weekly) planners?|(?:drawer|desk|closet) organi[sz]ers?
+(?:cleaning|bleaching) agents?|agent orange|(?:dust|solar) collectors?|(?:text|code) editors?|hugo boss
+(?:file|window|package) managers?|style guides?|field guides? to|guide (?:rails?|wires?)|employees? only
+dream ?catchers?|(?:water|glass|milk|lemonade) pitchers?|pitcher plants?|teller machines?|people (?:mover|carrier)s?
+""".strip())))

@@ -13,6 +13,7 @@ x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε is a latent at time t; ᾱ, in code `abar`
 import math
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tqdm import tqdm
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
 from livo import ValueEncoder, make_context, make_uncond
-from retrieve import BIAS, TOXIC, retrieve
+from retrieve import TOXIC, is_bias, retrieve
 
 # What a scheduler_config.json may ask for, and the one answer there is to each here. A file without the key
 # means that answer too. DDIM never looks at the second group, whichever scheduler the file was written for.
@@ -262,18 +263,21 @@ def save_png(image, path, settings):
 def choose_principles(choices, prompt):
     """The option --principle -> the principles to apply. "none" is none; "auto" takes what the prompt calls for: the
     toxic principles, or those of bias where there are none. A value encoder learns one principle at a time, and
-    the token of a harm is too weak beside two others."""
+    the token of a harm is too weak beside two others. Raises UserError for a blank one, or "none" beside others."""
+    choices = [choice.strip() for choice in choices]
+    if "" in choices or "none" in choices and len(choices) > 1:
+        raise UserError(f"--principle: expected auto, none alone, or a text, got {', '.join(map(repr, choices))}")
     found = retrieve(prompt)
     auto = [principle for principle in found if principle in TOXIC] or found
     chosen = []
     for choice in choices:
-        chosen += auto if choice == "auto" else [] if choice == "none" else [choice]
+        chosen += {"auto": auto, "none": []}.get(choice.lower(), [choice])
     return list(dict.fromkeys(chosen))
 
 
 def spread(n, share):
-    """Which of n pictures get a value token: `share` of them, evenly spread; a list of n booleans."""
-    passed = [math.floor(i * share + 1e-9) for i in range(n + 1)]  # 1e-9: 10 × 0.1 falls short of 1
+    """Which of n pictures get a value token: `share` of them, rounded, evenly spread; a list of n booleans."""
+    passed = [math.floor(i * share + 0.5) for i in range(n + 1)]
     return [after > before for before, after in zip(passed, passed[1:])]
 
 
@@ -281,10 +285,9 @@ def draw(sd, prompt, negative, principles, value_encoder, seeds, *, share=None, 
     """Yield (row, PIL image, its principles) for each of the seeds, in batches of equal principles.
 
     share: of the pictures that get a value token; None is 0.5 for the bias principles, so that the over- and
-    the under-produced attribute balance, and 1 for the others, or for a single picture. settings: see `generate`.
+    the under-produced attribute balance, and 1 for the others. settings: see `generate`.
     """
-    half = 0.5 if len(seeds) > 1 else 1
-    gets = {p: spread(len(seeds), (half if p in BIAS else 1) if share is None else share) for p in principles}
+    gets = {p: spread(len(seeds), (0.5 if is_bias(p) else 1) if share is None else share) for p in principles}
     active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]
     for chosen in sorted(set(active), key=len):
         rows = [row for row in range(len(seeds)) if active[row] == chosen]
@@ -298,9 +301,10 @@ def draw(sd, prompt, negative, principles, value_encoder, seeds, *, share=None, 
 
 def load_value_encoder(source, weights_source, sd):
     """The value encoder at `source`, or else the one that lies in the folder of the weights, or None."""
-    source = source or Path(weights_source).expanduser() / "value_encoder"
-    if isinstance(source, Path) and not source.is_dir():
-        return None
+    if source is None:
+        source = Path(weights_source).expanduser() / "value_encoder"
+        if not source.is_dir():
+            return None
     device = next(sd.unet.parameters()).device
     value_encoder = weights.load_text_encoder(source, network=ValueEncoder, device=device)
     for key in ("hidden_size", "vocab_size"):
@@ -386,7 +390,7 @@ def main(argv=None):
                   "unpadded": args.unpadded}
     seeds = range(args.seed, args.seed + args.n)
     runs = [principles, []] if args.compare else [principles]
-    images = [[None] * args.n for _ in runs]
+    images, chosen = [[None] * args.n for _ in runs], []
     with tqdm(total=args.n * args.steps * len(runs), disable=None) as bar:  # None: where stderr is no terminal
         settings |= {"share": args.value_share, "unpadded": args.unpadded, "batch_size": args.batch_size,
                      "after_step": bar.update}
@@ -395,13 +399,16 @@ def main(argv=None):
                                            **settings):
                 run_images[row] = image
                 if run_images is images[0]:
+                    chosen.append(active)
                     save_png(image, args.out / f"{row:04}.png",
                              texts | {"seed": seeds[row], "principle": ", ".join(active) or "none"})
     texts |= {"seed": args.seed, "n": args.n, "principle": ", ".join(principles) or "none"}
     if args.n > 1:
         save_png(grid(images[0]), args.out / "grid.png", texts)
     if args.compare:
-        save_png(comparison(images[1], images[0], texts["principle"]), args.out / "compare.png", texts)
+        gets = Counter(principle for active in chosen for principle in active)
+        caption = "; ".join(f"{principle}, in {gets[principle]} of {args.n}" for principle in principles)
+        save_png(comparison(images[1], images[0], caption or "none"), args.out / "compare.png", texts)
     print(f"{args.n} picture{'s' * (args.n > 1)} in {args.out}")
 
 

@@ -38,7 +38,7 @@ from evaluate import TOXICITY, count, d1, d2
 from judge import load_judge
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, make_context,
                   violating_hinge)
-from retrieve import BIAS, retrieve
+from retrieve import is_bias, retrieve
 from sample import Schedule, comparison, draw
 from unet import ResnetBlock, SpatialTransformer
 
@@ -65,14 +65,14 @@ class Settings:
     warmup: int = setting(1000, "steps until the learning rate is reached", 1)
     decay: float = setting(0.0, "share of the steps, the last ones, in which it falls to 0", 0, 1)
     alpha: float = setting(ALPHA, "slope of the hinge of violating images")
-    bias_alpha: float = setting(ALPHA, "the same, of the principles of bias")
+    bias_share: float = setting(1.0, "times α, of the principles of bias")
     beta: float = setting(BETA, "slope of the hinge of aligned images")
     gamma1: float = setting(GAMMA1, "margin of aligned images, times β")
     gamma2: float = setting(GAMMA2, "margin of violating images, times α")
     seed: int = setting(0, "of the order of the data, and of all noise", 0, 2**63)
     save_every: int = setting(500, "steps between checkpoints", 1)
     sample_every: int = setting(1000, "steps between pictures", 1)
-    dtype: str = "auto"  # of the frozen networks
+    dtype: str = ""  # of the frozen networks
 
 
 OPTIONS = [option for option in fields(Settings) if option.metadata]
@@ -83,7 +83,7 @@ OPTIONS = [option for option in fields(Settings) if option.metadata]
 # model than in a large one. The slopes are so steep that every gradient is clipped: as the pairs of a step share a
 # principle, each principle then moves the weights equally far, though blood changes the error 50 times more than gender.
 TINY_SD = {"steps": 900, "batch": 16, "micro_batch": 16, "together": 16, "t_low": 100, "lr": 1e-3, "token_lr": 10.0,
-           "warmup": 20, "decay": 0.4, "alpha": 1000.0, "bias_alpha": 250.0, "beta": 2000.0, "gamma1": 80.0,
+           "warmup": 20, "decay": 0.4, "alpha": 1000.0, "bias_share": 0.125, "beta": 2000.0, "gamma1": 80.0,
            "gamma2": 100.0, "save_every": 100, "sample_every": 300}  # fmt: skip
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
@@ -113,7 +113,7 @@ def noise_error(unet, schedule, eps, t, z, context):
 
 def slopes(principles, s, device="cpu"):
     """The α of each principle: (B,)."""
-    return torch.tensor([s.bias_alpha if principle in BIAS else s.alpha for principle in principles], device=device)
+    return torch.tensor([s.alpha * (s.bias_share if is_bias(p) else 1.0) for p in principles], device=device)
 
 
 def add_gradient(sd, value_encoder, pairs, schedule, s):
@@ -128,7 +128,7 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     features, z_w, z_l, eps, t = stack_pairs(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
     context = make_context(sd, prompts, [principles], value_encoder, features)  # (B, 78, C)
-    leaf = context.detach().requires_grad_()
+    leaf = context.detach().requires_grad_()  # here the graph is cut
     error = partial(noise_error, sd.unet, schedule, eps, t)
 
     with torch.no_grad():
@@ -214,7 +214,8 @@ def take_step(step, network, optimizer, add, dataset, times, s):
         got = errors[:, broken[0]].tolist()
         raise UserError(f"step {step}: expected finite errors, got {got} at {where}")
     if not torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).isfinite():
-        raise UserError(f"step {step}: the errors are finite, but their gradient is not")
+        pairs = [dataset.pair(step * s.batch + row, s.seed, times).where for row in range(s.batch)]
+        raise UserError(f"step {step}: the errors are finite, but their gradient is not, at {'; '.join(pairs)}")
     optimizer.step()
     return errors
 
@@ -229,7 +230,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     times = range(s.t_low, len(schedule.alphas_cumprod))
     value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
     optimizer = make_optimizer(value_encoder)
-    start = resume(folder, value_encoder, optimizer)
+    start = resume(folder, value_encoder, optimizer, dataset.key)
     add = partial(add_gradient, sd, value_encoder, schedule=schedule, s=s)
     log = Log(folder, start, tensorboard) if RANK == 0 else None
 
@@ -245,7 +246,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
             if done % 50 == 0:
                 warn_if_silent(log.lines[-50:], s)
             if done % s.save_every == 0 or done == s.steps or stop:
-                save_checkpoint(folder, value_encoder, optimizer, done)
+                save_checkpoint(folder, value_encoder, optimizer, done, dataset.key)
                 plot(log.lines, folder / "loss.png")
                 if log.board:
                     log.board.flush()
@@ -271,13 +272,12 @@ def sum_over_processes(*tensors):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Yield a list that gets the number of a SIGINT or SIGTERM. A second one ends the process at once."""
+    """Yield a list that gets the number of a SIGINT or SIGTERM. A second Ctrl-C ends the process at once."""
     caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
 
     def note(which, _):
         caught.append(which)
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # but SIGTERM often comes twice, as from `timeout`
 
     before = {kind: signal.signal(kind, note) for kind in kinds}
     try:
@@ -287,21 +287,31 @@ def caught_signals():
             signal.signal(kind, handler)
 
 
-def save_checkpoint(folder, value_encoder, optimizer, step):
+def save_checkpoint(folder, value_encoder, optimizer, step, data_key):
     """No random state: the data and the noise of a step follow from its number."""
-    with atomic(folder / "checkpoint.pt") as path:
+    with atomic(folder / "checkpoint.pt") as path, open(path, "wb") as file:  # a file, as torch hides a full disk
         torch.save({"value_encoder": value_encoder.state_dict(), "optimizer": optimizer.state_dict(),
-                    "step": step}, path)  # fmt: skip
+                    "step": step, "data": data_key}, file)  # fmt: skip
 
 
-def resume(folder, value_encoder, optimizer):
-    """Load the folder's checkpoint, if there is one -> the number of steps done."""
-    if not (folder / "checkpoint.pt").exists():
+def resume(folder, value_encoder, optimizer, data_key):
+    """Load the folder's checkpoint, if there is one -> the number of steps done. Raises UserError where it is damaged,
+    or of other data or weights."""
+    file = folder / "checkpoint.pt"
+    for leftover in folder.glob(".checkpoint.pt.*"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    if not file.exists():
         return 0
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    value_encoder.load_state_dict(state["value_encoder"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        value_encoder.load_state_dict(state["value_encoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, before = state["step"], state["data"]
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{file}: expected a checkpoint of such a value encoder, got {error!r}") from error
+    if before != data_key:
+        raise UserError(f"{file}: expected the data and the weights that the run began with, got others")
+    return step
 
 
 class Log:
@@ -419,14 +429,14 @@ def parse_args(argv):
     parser.add_argument("--resume", type=Path, help="folder of a run to go on with; settings given anew win")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
-    add_device_options(parser, auto="bf16 on CUDA, else fp32")
+    add_device_options(parser, default="bf16 on CUDA, else fp32")
     return parser.parse_args(argv)
 
 
 def choose_settings(args):
     """-> Settings and the folder of the run. What was given wins over the settings of a run to resume."""
     given = {option.name: getattr(args, option.name) for option in OPTIONS if hasattr(args, option.name)}
-    given |= {"dtype": args.dtype} if args.dtype != "auto" else {}
+    given |= {"dtype": args.dtype} if args.dtype else {}
     if args.resume:
         file = args.resume / "settings.json"
         if not file.exists():
@@ -436,9 +446,12 @@ def choose_settings(args):
         except TypeError as error:
             raise UserError(f"{file}: expected the settings of a run, got: {error}") from error
     check_writable(args.out)
-    if RANK == 0 and args.out.is_dir() and any(not path.name.startswith(".") for path in args.out.iterdir()):
+    if RANK == 0 and args.out.is_dir() and {path.name for path in args.out.iterdir()} - {"settings.json"}:
         raise UserError(f"{args.out}: expected a new folder, got one with files in it; "
                         f"go on with --resume {args.out}, or choose another --out")
+    for name in {"weights", "tokenizer", "data"} & given.keys():  # --resume may be called from another folder
+        if Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
     is_tiny = Path(given.get("weights", Settings.weights)).name == "tiny-sd"
     s = Settings(**(TINY_SD if is_tiny else {}) | given)
     if not is_tiny and not s.data:
@@ -470,17 +483,18 @@ def main(argv=None):
     s, folder = choose_settings(args)
     device, dtype = pick_device(args.device, s.dtype)
     join_processes(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)  # float16 loses small gradients
+    if device.type == "cuda" and not s.dtype:
+        dtype = torch.bfloat16  # float16 loses the smallest gradients
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
     if args.checkpointing:
         checkpoint_activations(sd.unet)
-    with one_first():
-        root = s.data or data.default_pairs(folder.parent)
-        dataset = data.PreferenceDataset(root, sd, folder.parent / "cache", s.together)
     if RANK == 0:
         with atomic(folder / "settings.json") as path:
             path.write_text(json.dumps(asdict(s), indent=2) + "\n", encoding="utf-8")
+    with one_first():
+        root = s.data or data.default_pairs(folder.parent)
+        dataset = data.PreferenceDataset(root, sd, folder.parent / "cache", s.together)
     with caught_signals() as signals:
         value_encoder = fit(sd, dataset, s, folder, signals, args.tensorboard)
     if RANK == 0:

@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 import compvis
-from cli import UserError
+from cli import UserError, keep_freed_memory
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from compvis import renamed
 from unet import UNet, UNetConfig
@@ -71,21 +71,29 @@ class StableDiffusion:
     scheduler: dict  # of scheduler_config.json; its prediction_type is always there
 
 
-def load(source, *, dtype=torch.float32, vae_dtype=torch.float32, device="cpu", tokenizer=None,
-         prediction_type=None):
-    """A folder, a file or a hub name -> StableDiffusion, frozen, all but the VAE in `dtype`, None for the fastest.
+def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer=None, prediction_type=None):
+    """A folder, a file or a hub name -> StableDiffusion, frozen.
 
+    dtype: of the UNet and the text encoder; None for the fastest.
+    vae_dtype: float32, if left out, or the fastest too where that is bfloat16; its numbers overflow float16.
     tokenizer: a folder with CLIP's vocabulary, needed where a single file has none beside it.
     prediction_type: "epsilon" or "v_prediction", overrides the folder's; a single SD 2.x file cannot tell.
     """
     if prediction_type not in (None, *PREDICTIONS):
         raise UserError(f"prediction type: expected {' or '.join(PREDICTIONS)}, got {prediction_type}")
     device = torch.device(device)
-    dtypes = {"unet": dtype or fastest_dtype(device), "vae": vae_dtype, "text_encoder": dtype or fastest_dtype(device)}
-    path = locate(source, lambda names: sd_files(names, dtypes, source), ["unet/config.json"])
+    if device.type == "cpu":
+        keep_freed_memory()
 
+    def choose_dtypes(unet=None):
+        fast = dtype or fastest_dtype(device, unet)
+        vae = vae_dtype or (fast if dtype is None and fast == torch.bfloat16 else torch.float32)
+        return {"unet": fast, "vae": vae, "text_encoder": fast}
+
+    path = locate(source, lambda names: sd_files(names, choose_dtypes(), source), ["unet/config.json"])
     if path.is_dir():
         check_sd_folder(listing(path), source)
+        dtypes = choose_dtypes(read_config(path / "unet" / "config.json", UNet))
         file = path / "scheduler" / "scheduler_config.json"
         scheduler = read_json(file) if file.exists() else SCHEDULER
         parts = {name: read_network(path / name, NETWORKS[name], dtypes[name]) for name in NETWORKS}
@@ -93,6 +101,7 @@ def load(source, *, dtype=torch.float32, vae_dtype=torch.float32, device="cpu", 
     else:
         scheduler = SCHEDULER
         parts = read_single_file(path, prediction_type)
+        dtypes = choose_dtypes(parts["unet"].config)
         words = CLIPTokenizer(tokenizer or vocabulary_beside(path))
         if parts["unet"].config.use_linear_projection:
             words.pad_token_id, words.special_tokens["pad_token"] = 0, "!"  # what SD 2.x was trained with
@@ -115,23 +124,22 @@ def load(source, *, dtype=torch.float32, vae_dtype=torch.float32, device="cpu", 
         raise UserError(f"{source}: expected prediction_type {' or '.join(PREDICTIONS)}, "
                         f"got {prediction_type}")
     fit_to_tokenizer(text, words, source)
-    if dtype is None and unet.block_out_channels[0] < WIDE:
-        dtypes["unet"] = dtypes["text_encoder"] = fastest_dtype(device, wide=False)
     networks = {name: build(NETWORKS[name], parts[name], dtypes[name], device) for name in NETWORKS}
-    if dtypes["unet"].itemsize == 2 and unet.block_out_channels[0] >= WIDE:
-        networks["unet"].to(memory_format=torch.channels_last)
+    for name in ("unet", "vae"):
+        if dtypes[name].itemsize == 2 and unet.block_out_channels[0] >= WIDE:
+            networks[name].to(memory_format=torch.channels_last)
     return StableDiffusion(**networks, tokenizer=words,
                            scheduler={**scheduler, "prediction_type": prediction_type})
 
 
-def fastest_dtype(device, wide=True):
-    """In which a device draws fastest: float16 on a GPU; on a CPU with instructions for it bfloat16, if the UNet is
-    wide enough to gain; else float32."""
+def fastest_dtype(device, unet=None):
+    """In which a device draws fastest: float16 on a GPU; on a CPU with instructions for it bfloat16, if the UNet, of
+    this config, is wide enough to gain; else float32."""
     if device.type == "cuda":
         return torch.float16
     cpu = torch.cpu.get_capabilities()
-    has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return torch.bfloat16 if device.type == "cpu" and has_bf16 and wide else torch.float32
+    able = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return torch.bfloat16 if able and (unet is None or unet.block_out_channels[0] >= WIDE) else torch.float32
 
 
 def fit_to_tokenizer(config, tokenizer, source):
@@ -146,7 +154,7 @@ def load_text_encoder(source, *, network=CLIPTextModel, dtype=torch.float32, dev
     """A folder or hub name holding a text encoder or a value_encoder/ -> `network`, frozen."""
 
     def place(names):
-        for prefix in ("", "value_encoder/"):
+        for prefix in ("value_encoder/", ""):
             if prefix + "config.json" in names:
                 return prefix
         raise UserError(f"{source}: expected the config.json of a text encoder, or a value_encoder/, "
@@ -293,13 +301,19 @@ class ModelCheckpoint:
     """Stands for pytorch_lightning's class of this name, which SD 1.x's .ckpt files mention. Does nothing."""
 
 
-def read_tensors(path):
-    """A .safetensors file or a pickle -> {name: memory-mapped tensor}. Nothing in the file is executed."""
+def read_tensors(path, dtype=None):
+    """A .safetensors file or a pickle -> {name: memory-mapped tensor}. Nothing in the file is executed.
+
+    dtype: what they are going to be, if it is known. Tensors of another one are converted here, each through a mapping
+    of its own: as long as one of a mapping is in use, all that was read of it stays in memory.
+    """
     path = Path(path)
     stub = (ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            tensors = load_file(path)
+            return {name: tensor if dtype in (None, tensor.dtype) else safe_open(path, "pt").get_tensor(name).to(dtype)
+                    for name, tensor in tensors.items()}
         with torch.serialization.safe_globals([stub]), warnings.catch_warnings(action="ignore"):
             # files from before torch 1.6 are no zip archives, and cannot be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -351,7 +365,7 @@ def read_network(folder, network, dtype):
     config = read_config(folder / "config.json", network)
     tensors = {}
     for name in weight_files(sorted(os.listdir(folder)), dtype, folder):
-        tensors |= read_tensors(folder / name)
+        tensors |= read_tensors(folder / name, dtype)
     return Part(config, standard(network, tensors), folder)
 
 
