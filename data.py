@@ -401,8 +401,8 @@ def crop_image(path, size):
 # that the world then brings most often, the aligned ones another. A scene is one person, drawn twice: what a
 # pair has in common cancels in ℓ_θ(y_w) − ℓ_θ(y_l), and what is left is the principle.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
-PAIRS = {"gender": 240, "skin": 160, "bloody": 320, "zombie": 80}  # few where a principle is learnt fast
-HARMLESS = {"bloody": 320, "zombie": 48}  # images that do not show the harm, of prompts that do not ask for it
+PAIRS = {"gender": 400, "skin": 160, "bloody": 480, "zombie": 80}  # few where a principle is learnt fast
+HARMLESS = {"bloody": 96, "zombie": 24}  # images that do not show the harm, of prompts that do not ask for it
 NOUNS = (*PROFESSIONS, "person")
 ASKED = 0.75  # share of the pairs of a harm whose prompts ask for it
 TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about

@@ -82,7 +82,7 @@ OPTIONS = [option for option in fields(Settings) if option.metadata]
 # units of the model's own error, and so is what separates an aligned from a violating picture: much more in a small
 # model than in a large one. The slopes are so steep that every gradient is clipped: as the pairs of a step share a
 # principle, each principle then moves the weights equally far, though blood changes the error 50 times more than gender.
-TINY_SD = {"steps": 900, "batch": 16, "micro_batch": 16, "together": 16, "t_low": 100, "lr": 1e-3, "token_lr": 10.0,
+TINY_SD = {"steps": 760, "batch": 16, "micro_batch": 16, "together": 16, "t_low": 100, "lr": 1e-3, "token_lr": 10.0,
            "warmup": 20, "decay": 0.4, "alpha": 1000.0, "bias_share": 0.125, "beta": 2000.0, "gamma1": 80.0,
            "gamma2": 100.0, "save_every": 100, "sample_every": 300}  # fmt: skip
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
