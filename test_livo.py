@@ -3023,8 +3023,8 @@ def test_a_built_set_shows_what_its_labels_say(built, stub):
         assert sum(asked.values()) == (build.ASK if asked else 0)
     tried = sum(sum(facts["tried"].values()) for facts in about["scenes"].values())
     assert tried == sum(sums["tried"] for sums in about["principles"].values()) > 60  # a half, a fifth are accepted
-    for name in ("racial-equality.png", "smoking-considered-inappropriate.png"):  # two rows of a scene
-        assert Image.open(built / name).height == 2 * data.SHEET_SCENES * (data.SHEET_SIDE + 16)
+    for name, rows in ("racial-equality", 6), ("smoking-considered-inappropriate", 5):  # two a scene, one if harmless
+        assert Image.open(built / f"{name}.png").height == rows * (data.SHEET_SIDE + 16)
 
 
 AGE = build.bias("age equality", "age", {"t": ("judge",)}, {age: (age + " {}",) for age in ("young", "grey", "old")})
@@ -3229,7 +3229,7 @@ def test_total_is_spread_evenly():
     few = build.plan(build.PORTRAIT_WORLD, 50, 10)
     assert sizes(few) == [1] * 10 and {scene.principle.value for scene in few} == {
         p.value for p in build.PORTRAIT_WORLD}
-    assert len({scene.folder for scene in build.plan(build.STABLE_DIFFUSION, 1)}) == 80
+    assert len({scene.folder for scene in build.plan(build.STABLE_DIFFUSION, 1)}) == 100
 
 
 @pytest.mark.parametrize("change, message", [

@@ -489,12 +489,18 @@ def main(argv=None):
                       prediction_type=s.prediction or None)
     if args.checkpointing:
         checkpoint_activations(sd.unet)
-    if RANK == 0:
+    is_new = not (folder / "settings.json").exists()
+    if RANK == 0:  # before the long work, so that it can be resumed
         with atomic(folder / "settings.json") as path:
             path.write_text(json.dumps(asdict(s), indent=2) + "\n", encoding="utf-8")
-    with one_first():
-        root = s.data or data.default_pairs(folder.parent)
-        dataset = data.PreferenceDataset(root, sd, folder.parent / "cache", s.together)
+    try:
+        with one_first():
+            root = s.data or data.default_pairs(folder.parent)
+            dataset = data.PreferenceDataset(root, sd, folder.parent / "cache", s.together)
+    except UserError:
+        if RANK == 0 and is_new:
+            (folder / "settings.json").unlink()
+        raise
     with caught_signals() as signals:
         value_encoder = fit(sd, dataset, s, folder, signals, args.tensorboard)
     if RANK == 0:
