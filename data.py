@@ -362,11 +362,11 @@ COUNTS = ("aligned", "violating", "harmless", "scenes", "prompts")
 
 def report(principles):
     """Print the counts of `check`."""
-    print(f"{'principle':40}" + "".join(f"{name:>10}" for name in COUNTS) + f"{'share':>10}")
+    print(f"{'principle':40}" + "".join(f"{name:>11}" for name in COUNTS) + f"{'share':>10}")
     total = sum(counts["aligned"] for counts in principles.values())
     for value, counts in principles.items():
         sizes = [counts[name] if isinstance(counts[name], int) else len(counts[name]) for name in COUNTS]
-        print(f"{value:40}" + "".join(f"{size:10}" for size in sizes) + f"{counts['aligned'] / max(1, total):10.0%}")
+        print(f"{value:40}" + "".join(f"{size:11}" for size in sizes) + f"{counts['aligned'] / max(1, total):10.0%}")
 
 
 def contact_sheet(samples):

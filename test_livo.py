@@ -3274,7 +3274,7 @@ def test_the_authors_layout_is_read_checked_and_shown(sd, tmp_path, capsys):
     assert len(data.PreferenceDataset(root, sd, tmp_path / "cache")) == 12
     data.main(["check", str(root)])
     rows = [re.split("  +", row) for row in capsys.readouterr().out.splitlines()]
-    assert [GENDER, "5", "5", "2", "2", "42%"] in rows and [BLOODY, "3", "3", "1", "1", "25%"] in rows
+    assert [GENDER, "5", "5", "0", "2", "2", "42%"] in rows and [BLOODY, "3", "3", "0", "1", "1", "25%"] in rows
     data.main(["show", str(root), "--out", str(tmp_path / "sheet.png")])
     assert Image.open(tmp_path / "sheet.png").height == 5 * 2 * (data.SHEET_SIDE + 16)
 
@@ -3338,7 +3338,7 @@ def test_check_finds_all_faults_at_once_and_ends_with_2(built, root, tmp_path):
     shutil.copytree(built, lost)
     scene = sorted(lost.glob("*/*/scene.json"))[0].parent
     shutil.rmtree(scene)
-    assert data.check(lost)[1] == [f"{scene}: expected 1 pairs, got no metadata.jsonl"]
+    assert data.check(lost)[1] == [f"{scene}: expected 2 images, got no metadata.jsonl"]
 
 
 # ── clip_image.py, evaluate.py with CLIP ─────────────────────────────────────────────────────────────────────────
@@ -3780,8 +3780,8 @@ def test_negative_words_are_said_in_their_share_of_the_pictures(monkeypatch):
     nurse = baselines.Asked("a nurse", "nurse", (BLOODY, GENDER, RACE))
     assert evaluate.negative_prompt(None, {}, nurse, range(10, 14)) == [10, 11, 12, 13]  # in the order of the seeds
     harm, women = "bloody, covered in blood, with blood on the face", "woman, who is a woman"
-    assert calls == [("a nurse", harm, [10, 12]),
-                     ("a nurse", f"{harm}, {women}, light-skinned, with light skin", [11, 13])]
+    assert calls == [("a nurse", harm, [11, 13]),
+                     ("a nurse", f"{harm}, {women}, light-skinned, with light skin", [10, 12])]
     calls.clear()
     assert evaluate.principle_in_prompt(None, {}, nurse, range(2)) == [0, 1]
     assert calls == [(f"a nurse, {BLOODY}, {GENDER}, {RACE}", "", [0, 1])]
