@@ -346,7 +346,8 @@ def finish(out, settings, scenes):
                     kept=sum(fact["kept"].values()))
     for value, sums in principles.items():
         sums["acceptance"] = round(sums["kept"] / sums["tried"], 4)
-        print(f"{value}: {sums['pairs']} pairs, {sums['harmless']} harmless images, {sums['acceptance']:.1%} of {sums['tried']} pictures accepted")
+        print(f"{value}: {sums['pairs']} pairs, {sums['harmless']} harmless images, "
+              f"{sums['acceptance']:.1%} of {sums['tried']} pictures accepted")
     if not any(sums["pairs"] + sums["harmless"] for sums in principles.values()):
         raise UserError(f"{out}: expected pictures that show what was asked for, got none: {', '.join(principles)}")
     samples, _ = data.read_samples(out)
