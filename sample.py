@@ -139,15 +139,15 @@ def draw_noise(generators, shape, device="cpu"):
 
 
 def one_launch(unet, x, keys_values):
-    """`unet(x, t, keys_values)` as a function of x and t. On a GPU it is recorded, and replayed by one launch: the
-    thousand or so of a small batch take longer than the work that they start."""
+    """`unet(x, time, keys_values)` as a function of x and time, (1, 4C). On a GPU it is recorded, and replayed by one
+    launch: the thousand or so of a small batch take longer than the work that they start."""
 
-    def call(x, t):
-        return unet(x, t, keys_values)
+    def call(x, time):
+        return unet(x, time, keys_values)
 
     if not x.is_cuda:
         return call
-    return torch.cuda.make_graphed_callables(call, (x.clone(), torch.zeros((), dtype=torch.long, device=x.device)))
+    return torch.cuda.make_graphed_callables(call, (x.clone(), unet.embed(torch.zeros(1, device=x.device))))
 
 
 @torch.no_grad()
@@ -163,9 +163,11 @@ def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.
     keys_values = unet.keys_values(torch.cat([uncond, context]) if guided else context)
     dtype = next(unet.parameters()).dtype
     call = one_launch(unet, latents.to(dtype), keys_values)
+    trajectory = schedule.trajectory(steps, sampler)
+    times = unet.embed(torch.tensor([t for t, _, _ in trajectory], device=latents.device))  # (steps, 4C)
     x, last = latents, None
-    for t, abar, abar_prev in schedule.trajectory(steps, sampler):
-        output = call(x.to(dtype), torch.tensor(t, device=x.device)).float()
+    for time, (_, abar, abar_prev) in zip(times.split(1), trajectory):
+        output = call(x.to(dtype), time).float()
         if guided:
             out_uncond, out_cond = output.chunk(2)  # (2B, 4, h, w) -> (B, 4, h, w) each
             output = out_uncond + guidance * (out_cond - out_uncond)

@@ -120,7 +120,7 @@ def test_unet_equals_diffusers(unets, size):
     context = torch.randn(2, 78, ours.config.cross_attention_dim)
     theirs = peer(x, t, context).sample
     assert_close(ours(x, t, context), theirs)
-    assert torch.equal(ours(x, t, ours.keys_values(context)), ours(x, t, context))
+    assert torch.equal(ours(x, ours.embed(t), ours.keys_values(context)), ours(x, t, context))
 
 
 def test_unet_gradient_of_the_context_equals_diffusers(unets):
@@ -676,7 +676,7 @@ def test_the_true_noise_leads_back_to_x0(sampler, prediction):
     schedule = Schedule({**SD1, "set_alpha_to_one": True, "prediction_type": prediction})
 
     class Oracle(torch.nn.Linear):
-        keys_values = staticmethod(lambda context: context)
+        embed, keys_values = staticmethod(lambda t: t[:, None]), staticmethod(lambda context: context)
 
         def forward(self, x, t, context):
             abar = schedule.alphas_cumprod[t]

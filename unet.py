@@ -337,18 +337,22 @@ class UNet(nn.Module):
         crosses = [m for m in self.modules() if isinstance(m, Attention) and m.is_cross]
         return {attention: attention.keys_values(context) for attention in crosses}
 
+    def embed(self, t):
+        """Times (B,) -> (B, 4C), as every residual block wants them. A sampler knows them before its first step."""
+        sinusoids = timestep_embedding(t, self.config.block_out_channels[0])
+        return F.silu(self.time_embedding(sinusoids.to(self.conv_in.weight.dtype)))
+
     def forward(self, x, t, context):
-        """x (B, 4, H, W) latents · t (B,) or scalar times · context (n·B, L, D), or `keys_values` of it
-        -> (n·B, 4, H, W), the noise or v.
+        """x (B, 4, H, W) latents · t (B,) or scalar times, or `embed` of them · context (n·B, L, D), or `keys_values`
+        of it -> (n·B, 4, H, W), the noise or v.
 
         Row i of x goes with rows i, B + i, … of the context: what comes before the first look at the text is
         computed once for the n of them.
         """
         if isinstance(context, torch.Tensor):
             context = self.keys_values(context)
-        t = torch.as_tensor(t, device=x.device).reshape(-1)  # (B,), or (1,) for all
-        time = timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)
-        time = F.silu(self.time_embedding(time))  # (B, 4C), as every residual block wants it
+        t = torch.as_tensor(t, device=x.device)
+        time = t if t.dim() == 2 else self.embed(t.reshape(-1))  # (B, 4C), or (1, 4C) for all
 
         x = self.conv_in(x)
         skips = [x]
