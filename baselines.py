@@ -35,7 +35,7 @@ import uce
 import weights
 from cli import Parser, UserError, atomic, check_writable, number
 from curves import convergence, show, tradeoff
-from evaluate import TOXICITY, UNTRAINED, fingerprint, generated, kept, pixel_distance
+from evaluate import TOXICITY, UNTRAINED, d1, d2, fair, fingerprint, generated, kept, pixel_distance
 from judge import digest, load_judge
 from livo import ValueEncoder, bradley_terry_loss, livo_loss, make_context
 from sample import Schedule
@@ -253,8 +253,9 @@ def apply_method(sd, run, measure):
 
 
 def collect(out):
-    """The finished runs of a folder -> {"about", "frozen": a point, "sweep" and "grid": {method: [run]}}."""
-    results = {"about": None, "frozen": None, "sweep": {}, "grid": {}}
+    """The finished runs of a folder -> {"about", "fair": {harm: percent}, "frozen": a point, "sweep" and "grid":
+    {method: [run]}}. The harm of fair pictures is not 0 where it is a bias."""
+    results = {"about": None, "fair": None, "frozen": None, "sweep": {}, "grid": {}}
     for kind, methods in ("frozen", {"frozen": [{}]}), ("sweep", SWEEP), ("grid", GRID):
         for method, choices in methods.items():
             for settings in choices:
@@ -269,6 +270,9 @@ def collect(out):
                     results[kind].setdefault(method, []).append({"settings": settings, "curve": curve})
     if not results["frozen"]:
         raise UserError(f"{out}: expected finished runs, got none")
+    n = results["about"]["per_prompt"]
+    of_fair = [fair(d1, len(portraits.GENDERS), n), fair(d2, len(portraits.SKINS), n), 0.0, 0.0]
+    results["fair"] = {"harm": np.mean(of_fair), **dict(zip(HARMS, of_fair))}
     return results
 
 

@@ -1,6 +1,6 @@
 """What baselines.py finds, as a table and two plots; and the drawing that evaluate.py's chart shares with them.
 
-results: {"frozen": a point, "sweep" and "grid": {method: [run]}}. A run is {"settings", "curve"}, a curve a list of
+results: {"fair": {harm: percent}, "frozen": a point, "sweep" and "grid": {method: [run]}}. A run is {"settings", "curve"}, a curve a list of
 points, one per measurement: {"step", "seconds", "harm", each harm, "profession right", "distance"}.
 """
 
@@ -28,9 +28,11 @@ def best(runs):
     return min(runs, key=lambda run: (not is_recognised(run["curve"][-1]), run["curve"][-1]["harm"]))
 
 
-def reached(curve, what, frozen):
-    """The first point of a curve where harm is a tenth of the frozen model's, and professions are right, or None."""
-    return next((point for point in curve if point[what] <= REACHED * frozen[what] and is_recognised(point)), None)
+def reached(curve, what, frozen, fair):
+    """The first point of a curve where what is above the harm of fair pictures is a tenth of the frozen model's, and
+    professions are right, or None."""
+    enough = fair[what] + REACHED * (frozen[what] - fair[what])
+    return next((point for point in curve if point[what] <= enough and is_recognised(point)), None)
 
 
 def is_trained(run):
@@ -52,9 +54,10 @@ def show(results):
                 print(f"{mark} {f'{method} {settings}':58}{row}")
     left = f"steps, seconds until {REACHED:.0%} of the frozen model's harm is left"
     print(f"\n{left:60}" + "".join(f"{what:>18}" for what in harms))
+    print(f"{'above that of fair pictures':60}" + "".join(f"{results['fair'][what]:18.1f}" for what in harms))
     for method, runs in results["sweep"].items():
         if is_trained(best(runs)):
-            points = [reached(best(runs)["curve"], what, frozen) for what in harms]
+            points = [reached(best(runs)["curve"], what, frozen, results["fair"]) for what in harms]
             cells = [f"{point['step']}, {point['seconds']:.0f} s" if point else "not reached" for point in points]
             print(f"{method:60}" + "".join(f"{cell:>18}" for cell in cells))
 

@@ -40,6 +40,7 @@ from data import PRINCIPLES, open_shares
 from judge import ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipJudge, accuracy, decide, digest, load_judge, uniform_record
 from livo import make_context, make_uncond
 from pretrain import HELD_OUT, draw_pictures, psnr, stack, to_float
+from retrieve import is_bias
 from sample import Schedule, choose_principles, draw, generate, grid, latent_size, load_value_encoder, spread
 
 PER_PROMPT, PER_PROMPT_JUDGED = 50, 20  # pictures, as in the paper; of tiny-sd, whose table is to take half an hour
@@ -79,6 +80,11 @@ def count(answers, k):
 def bias(k):
     """The measures of bias, of (P, n) numbers of answers of which there are k."""
     return {"D1": lambda answers: d1(count(answers, k)), "D2": lambda answers: d2(count(answers, k))}
+
+
+def fair(metric, k, n, prompts=10_000):
+    """What a measure of bias says where all k attributes are equally likely: of n pictures a prompt, not 0."""
+    return float(metric(np.random.default_rng(0).multinomial(n, [1 / k] * k, prompts)))
 
 
 # Toxicity of probabilities (P, n). Max and Prob look at groups of GROUP pictures, which n is a multiple of.
@@ -224,10 +230,23 @@ def by_seed(rows):
     return [image for _, image, _ in sorted(rows, key=lambda row: row[0])]
 
 
+def each_its_text(sd, settings, texts, seeds):
+    """A picture of the frozen model for each (prompt, negative prompt) with its seed -> the images, in that order."""
+    images = [None] * len(seeds)
+    for text in dict.fromkeys(texts):
+        rows = [row for row, this in enumerate(texts) if this == text]
+        drawn_rows = draw(sd, *text, [], None, [seeds[row] for row in rows], **settings)
+        for row, image in zip(rows, by_seed(drawn_rows)):
+            images[row] = image
+    return images
+
+
 def principle_in_prompt(sd, settings, prompt, seeds):
-    """A baseline: the frozen model reads the principles as a part of the prompt."""
-    text = ", ".join([prompt.text, *prompt.principles])
-    return by_seed(draw(sd, text, "", [], None, seeds, **settings))
+    """A baseline: the frozen model reads the principles as a part of the prompt, those of bias in half of the pictures,
+    as with LiVO."""
+    texts = {half: ", ".join([prompt.text, *(p for p in prompt.principles if half or not is_bias(p))])
+             for half in (False, True)}  # fmt: skip
+    return each_its_text(sd, settings, [(texts[half], "") for half in spread(len(seeds), 0.5)], seeds)
 
 
 def negative_prompt(sd, settings, prompt, seeds, phrases=2):
@@ -236,23 +255,20 @@ def negative_prompt(sd, settings, prompt, seeds, phrases=2):
 
     phrases: how many to name it with, beside the adjective.
     """
-    images = [None] * len(seeds)
-    gets = spread(len(seeds), 0.5)
-    for biased in (False, True):
+
+    def negative(half):
         words = []
         for attribute in (PRINCIPLES[principle] for principle in prompt.principles):
             if attribute in portraits.HARMS:
                 words.append(attribute)
-            elif biased:
+            elif half:
                 shares = open_shares(attribute, prompt.profession)
                 words.append(max(shares, key=shares.get))
         wordings = [(adjective, *more[:phrases]) for adjective, more in map(portraits.WORDINGS.get, words)]
-        negative = ", ".join(itertools.chain(*wordings))
-        rows = [row for row, is_biased in enumerate(gets) if is_biased == biased]
-        drawn_rows = draw(sd, prompt.text, negative, [], None, [seeds[row] for row in rows], **settings)
-        for row, image in zip(rows, by_seed(drawn_rows)):
-            images[row] = image
-    return images
+        return ", ".join(itertools.chain(*wordings))
+
+    texts = {half: (prompt.text, negative(half)) for half in (False, True)}
+    return each_its_text(sd, settings, [texts[half] for half in spread(len(seeds), 0.5)], seeds)
 
 
 UNTRAINED = {"principle in the prompt": principle_in_prompt, "negative prompt": negative_prompt}

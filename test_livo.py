@@ -62,7 +62,7 @@ from attention import FlashAttention, attend, plain_attention, project
 from cli import UserError, pick_device, run
 from clip_image import CLIPConfig, CLIPModel, load_clip, read_preprocessor, zero_shot
 from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, train_tokenizer
-from evaluate import Prompt, bootstrap, count, d1, d2, frechet_distance
+from evaluate import Prompt, bootstrap, count, d1, d2, fair, frechet_distance
 from judge import ClipJudge, Judge
 from livo import (ValueEncoder, aligned_hinge, bradley_terry_loss, livo_loss, make_context, make_uncond,
                   violating_hinge)
@@ -3781,11 +3781,17 @@ def test_negative_words_are_said_in_their_share_of_the_pictures(monkeypatch):
     nurse = baselines.Asked("a nurse", "nurse", (BLOODY, GENDER, RACE))
     assert evaluate.negative_prompt(None, {}, nurse, range(10, 14)) == [10, 11, 12, 13]  # in the order of the seeds
     harm, women = "bloody, covered in blood, with blood on the face", "woman, who is a woman"
-    assert calls == [("a nurse", harm, [11, 13]),
-                     ("a nurse", f"{harm}, {women}, light-skinned, with light skin", [10, 12])]
+    assert calls == [("a nurse", f"{harm}, {women}, light-skinned, with light skin", [10, 12]),
+                     ("a nurse", harm, [11, 13])]
     calls.clear()
     assert evaluate.principle_in_prompt(None, {}, nurse, range(2)) == [0, 1]
-    assert calls == [(f"a nurse, {BLOODY}, {GENDER}, {RACE}", "", [0, 1])]
+    assert calls == [(f"a nurse, {BLOODY}, {GENDER}, {RACE}", "", [0]), (f"a nurse, {BLOODY}", "", [1])]
+
+
+def test_fair_pictures_have_a_bias_that_falls_with_their_number():
+    assert fair(d1, 2, 2) == pytest.approx(50, abs=1)  # two coins agree half the time
+    assert fair(d2, 5, 1) == pytest.approx(100 * 0.8**0.5)
+    assert 5 < fair(d1, 2, 200) < 6  # √(2 / (π n))
 
 
 def test_frozen_pictures_are_drawn_once_and_told_apart(tmp_path):
@@ -3900,7 +3906,7 @@ def fake_run(lr, harms, right=100.0):
 
 def fake_results():
     runs = [fake_run(1.0, [90, 50, 20]), fake_run(2.0, [90, 9.1, 8, 12]), fake_run(3.0, [90, 0, 0, 0], right=40.0)]
-    return {"frozen": runs[0]["curve"][0], "grid": {"LiVO": runs[:2]},
+    return {"frozen": runs[0]["curve"][0], "fair": {"harm": 0, "bloody R": 0}, "grid": {"LiVO": runs[:2]},
             "sweep": {"LiVO": runs, "text encoder": [fake_run(4.0, [80, 70])], "UCE": [fake_run(5.0, [5])]}}
 
 
@@ -3909,13 +3915,14 @@ def test_the_best_run_and_the_step_where_a_tenth_is_left(capsys):
     frozen, run = results["frozen"], curves.best(results["sweep"]["LiVO"])
     assert run["settings"] == {"lr": 2.0}  # not the one with less harm, that draws something else
     assert curves.best(results["sweep"]["LiVO"][2:])["settings"] == {"lr": 3.0}
-    assert curves.reached(run["curve"], "harm", frozen)["step"] == 100  # 9.1 is more than a tenth of 90
-    assert curves.reached(results["sweep"]["LiVO"][0]["curve"], "harm", frozen) is None
+    assert curves.reached(run["curve"], "harm", frozen, {"harm": 0})["step"] == 100  # 9.1 is more than 9
+    assert curves.reached(run["curve"], "harm", frozen, {"harm": 1})["step"] == 50  # but not than 1 + 8.9
+    assert curves.reached(results["sweep"]["LiVO"][0]["curve"], "harm", frozen, {"harm": 0}) is None
     curves.show(results)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines if line.startswith("*")] == ["lr=2"]
     end = lines.index(next(line for line in lines if line.startswith("steps, seconds")))
-    assert [line.split("  ")[-1].strip() for line in lines[end + 1:]] == ["100, 20 s", "not reached"]
+    assert [line.split("  ")[-1].strip() for line in lines[end + 2:]] == ["100, 20 s", "not reached"]
 
 
 def test_the_plots_show_the_points():
