@@ -4,6 +4,7 @@
     pair = dataset.pair(position, seed, times)        # latents of y_w and y_l, noise and time: one training row
     build_portrait_pairs(folder)                      # the default set, drawn in seconds, in the same layout
 
+    python data.py draw --out pairs     # the default set, or with --pairs bloody=600 another mix of it
     python data.py build --out pairs    # a set of the model's own pictures: build.py
     python data.py check pairs          # counts and faults, of anybody's set
     python data.py show pairs           # a sheet of its pictures
@@ -15,6 +16,7 @@ left of the loss is (β − α) (ℓ_θ − ℓ_ref): plain denoising, at which 
 principle learns to change nothing.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -33,7 +35,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import portraits
-from cli import Parser, UserError, atomic, run
+from cli import Parser, UserError, atomic, check_writable, run
 from livo import encode_prompts
 from portraits import HARMS, MAN_SHARE, PROFESSIONS, SKIN_SHARE, Record, draw, write_caption
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE
@@ -160,8 +162,9 @@ class PreferenceDataset:
     together: so many pairs in a row share their principle and type; 1 mixes them all.
     key: a hash of the weights and of the data.
 
-    The first use encodes everything into the folder `key` of `cache`; after that its files are memory-mapped. Unusable samples, also those of a scene without aligned or without violating
-    images, are warned of and skipped. Raises UserError where `read_samples` does.
+    The first use encodes everything into the folder `key` of `cache`; after that its files are memory-mapped. Unusable
+    samples, also those of a scene without aligned or without violating images, are warned of and skipped. Raises
+    UserError where `read_samples` does.
     """
 
     def __init__(self, root, sd, cache, together=1):
@@ -401,8 +404,8 @@ def crop_image(path, size):
 # that the world then brings most often, the aligned ones another. A scene is one person, drawn twice: what a
 # pair has in common cancels in ℓ_θ(y_w) − ℓ_θ(y_l), and what is left is the principle.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
-PAIRS = {"gender": 400, "skin": 160, "bloody": 480, "zombie": 80}  # few where a principle is learnt fast
-HARMLESS = {"bloody": 96, "zombie": 24}  # images that do not show the harm, of prompts that do not ask for it
+PAIRS = {"gender": 320, "skin": 120, "bloody": 520, "zombie": 80}  # few where a principle is learnt fast
+HARMLESS = {"bloody": 120, "zombie": 40}  # images that do not show the harm, of prompts that do not ask for it
 NOUNS = (*PROFESSIONS, "person")
 ASKED = 0.75  # share of the pairs of a harm whose prompts ask for it
 TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about
@@ -481,11 +484,29 @@ def default_pairs(folder):
 # --------------------------------------------------------------------------------------------- the command
 
 
+class Mix(argparse.Action):
+    """gender=320 bloody=520 … -> the default's dictionary with these numbers in it."""
+
+    def __call__(self, parser, namespace, texts, option=None):
+        mix = dict(self.default)
+        for text in texts:
+            attribute, _, number = text.partition("=")
+            if attribute not in mix or not number.isdecimal():
+                raise UserError(f"{option}: expected ATTRIBUTE=NUMBER, of {', '.join(mix)}, got {text}")
+            mix[attribute] = int(number)
+        setattr(namespace, self.dest, mix)
+
+
 def main(argv=None):
     import build  # which uses this file
 
-    parser = Parser(description="Build, check and look at preference data.")
+    parser = Parser(description="Draw, build, check and look at preference data.")
     commands = parser.add_subparsers(dest="command", required=True)
+    drawing = commands.add_parser("draw", help="pairs of drawn portraits")
+    drawing.add_argument("--out", type=Path, required=True, help="folder of the dataset, a new one")
+    for name, mix, what in ("pairs", PAIRS, "pairs"), ("harmless", HARMLESS, "images of harmless prompts"):
+        drawing.add_argument("--" + name, nargs="+", action=Mix, default=mix, metavar="ATTRIBUTE=NUMBER",
+                             help=f"how many {what} of a principle on this attribute")
     build.add_options(commands.add_parser("build", help="pairs of a model's own pictures, without human labels",
                                           description=build.__doc__.splitlines()[0]))
     for name, text in ("check", "count, and find what is broken"), ("show", "write a contact sheet"):
@@ -494,6 +515,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "build":
         build.main(args)
+    elif args.command == "draw":
+        check_writable(args.out)
+        if args.out.exists():
+            raise UserError(f"{args.out}: expected a new folder, got one that is there")
+        build_portrait_pairs(args.out, pairs=args.pairs, harmless=args.harmless)
+        print(f"the pairs are in {args.out}")
     elif args.command == "check":
         principles, faults = check(args.root)
         report(principles)

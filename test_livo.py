@@ -2486,9 +2486,32 @@ def test_the_table_shows_what_the_judge_reads(monkeypatch, capsys):
     monkeypatch.setattr(train, "load_judge", Judge)
     monkeypatch.setattr(train, "draw", lambda sd, prompt, negative, principles, value_encoder, seeds, **settings:
                         [(row, tuple(principles), principles) for row, _ in enumerate(seeds)])
-    train.print_before_and_after(None, None)
+    train.print_before_and_after(None, None, data.PRINCIPLES)
     rows = [line.split(", ")[1].split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows == [["D1", "100.0", "0.0"], ["D2", "89.4", "89.4"], ["R", "100.0", "0.0"], ["R", "100.0", "100.0"]]
+    train.print_before_and_after(None, None, {BLOODY, "another"})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["bloody"]
+
+
+def test_another_value_encoder_can_be_the_beginning(sd, folder, root):
+    """Of no step at all the end is the beginning."""
+    first, second = folder / "beginning", folder / "from-it"
+    train.main([*run_settings(folder, root), "--steps", "2", "--out", str(first)])
+    train.main([*run_settings(folder, root), "--steps", "1", "--lr", "0", "--init", str(first), "--out", str(second)])
+    before, after = (load_file(run / "value_encoder" / "model.safetensors") for run in (first, second))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], tensor) for name, tensor in sd.text_encoder.state_dict().items())
+
+
+def test_drawn_pairs_in_another_mix(tmp_path):
+    mix = ["--pairs", "gender=2", "skin=0", "bloody=1", "zombie=1", "--harmless", "bloody=1", "zombie=0"]
+    data.main(["draw", "--out", str(tmp_path / "mix"), *mix])
+    counts, faults = data.check(tmp_path / "mix")
+    assert not faults and {value: (sums["aligned"], sums["harmless"]) for value, sums in counts.items()} == {
+        GENDER: (2, 0), BLOODY: (1, 1), ZOMBIE: (1, 0)}
+    refused("expected a new folder", data.main, ["draw", "--out", str(tmp_path / "mix")])
+    for text in ("beards=3", "gender", "gender=-1"):
+        refused("expected ATTRIBUTE=NUMBER", data.main, ["draw", "--out", str(tmp_path / "x"), "--pairs", text])
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder, root, whole_run):

@@ -39,7 +39,7 @@ from judge import load_judge
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, make_context,
                   violating_hinge)
 from retrieve import is_bias, retrieve
-from sample import Schedule, comparison, draw
+from sample import Schedule, comparison, draw, load_value_encoder
 from unet import ResnetBlock, SpatialTransformer
 
 
@@ -54,6 +54,7 @@ class Settings:
     weights: str = setting(str(Path(__file__).parent / "tiny-sd"), "model: folder, file or hub name")
     tokenizer: str = setting("", "folder of the tokenizer, for weights that come without one")
     prediction: str = setting("", "epsilon or v_prediction, where the weights do not say or are wrong")
+    init: str = setting("", "value encoder to begin with: folder or hub name; else the frozen text encoder")
     data: str = setting("", "folder of preference data; for tiny-sd it may be left out: drawn portraits")
     steps: int = setting(15_000, "optimizer steps", 1)
     batch: int = setting(8, "pairs a step, in all processes together", 1)
@@ -82,12 +83,12 @@ OPTIONS = [option for option in fields(Settings) if option.metadata]
 # units of the model's own error, and so is what separates an aligned from a violating picture: much more in a small
 # model than in a large one. The slopes are so steep that every gradient is clipped: as the pairs of a step share a
 # principle, each principle then moves the weights equally far, though blood changes the error 50 times more than gender.
-TINY_SD = {"steps": 760, "batch": 16, "micro_batch": 16, "together": 16, "t_low": 100, "lr": 1e-3, "token_lr": 10.0,
-           "warmup": 20, "decay": 0.4, "alpha": 1000.0, "bias_share": 0.125, "beta": 2000.0, "gamma1": 80.0,
-           "gamma2": 100.0, "save_every": 100, "sample_every": 300}  # fmt: skip
+TINY_SD = {"steps": 1250, "batch": 8, "micro_batch": 16, "together": 8, "t_low": 100, "lr": 1e-3, "token_lr": 10.0, "warmup": 20,
+           "decay": 0.4, "alpha": 1000.0, "bias_share": 0.125, "beta": 2000.0, "gamma1": 80.0, "gamma2": 100.0,
+           "save_every": 200, "sample_every": 500}  # fmt: skip
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
-SAMPLING = {"steps": 15, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
+SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
 
 
 # ------------------------------------------------------------------------------------------------- one step
@@ -221,14 +222,15 @@ def take_step(step, network, optimizer, add, dataset, times, s):
 
 
 def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
-    """Train from the folder's checkpoint, or from the frozen text encoder, to step `s.steps` -> ValueEncoder.
+    """Train from the folder's checkpoint, or from the beginning, to step `s.steps` -> ValueEncoder.
 
     Once there is a number in `signals`, write a checkpoint and exit. Raises UserError where an error or the
     gradient is not finite.
     """
     schedule = Schedule(sd.scheduler)
     times = range(s.t_low, len(schedule.alphas_cumprod))
-    value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
+    source = load_value_encoder(s.init, s.weights, sd) if s.init else sd.text_encoder
+    value_encoder = ValueEncoder.from_text_encoder(source)
     optimizer = make_optimizer(value_encoder)
     start = resume(folder, value_encoder, optimizer, dataset.key)
     add = partial(add_gradient, sd, value_encoder, schedule=schedule, s=s)
@@ -373,11 +375,14 @@ def prompts_about(attribute, professions):
     return [f"a portrait of a {adjective}{profession}" for profession in professions]
 
 
-def print_before_and_after(sd, value_encoder, professions=("doctor", "nurse", "firefighter"), n=16):
-    """What the judge reads from n pictures of each profession without and with a principle, as a table."""
+def print_before_and_after(sd, value_encoder, trained, professions=("doctor", "nurse", "firefighter"), n=16):
+    """What the judge reads from n pictures of each profession without and with each of the `trained` principles that it
+    knows of, as a table."""
     judge = load_judge()
     print(f"{'percent':40}{'without':>10}{'with it':>10}")
     for principle, attribute in data.PRINCIPLES.items():
+        if principle not in trained:
+            continue
         name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
         values = []
         for principles in ([], [principle]):
@@ -449,7 +454,7 @@ def choose_settings(args):
     if RANK == 0 and args.out.is_dir() and {path.name for path in args.out.iterdir()} - {"settings.json"}:
         raise UserError(f"{args.out}: expected a new folder, got one with files in it; "
                         f"go on with --resume {args.out}, or choose another --out")
-    for name in {"weights", "tokenizer", "data"} & given.keys():  # --resume may be called from another folder
+    for name in {"weights", "tokenizer", "init", "data"} & given.keys():  # --resume may be called from another folder
         if Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
     is_tiny = Path(given.get("weights", Settings.weights)).name == "tiny-sd"
@@ -506,8 +511,8 @@ def main(argv=None):
     if RANK == 0:
         weights.save_text_encoder(value_encoder, folder / "value_encoder")
         draw_samples(sd, value_encoder, dataset, folder / "samples" / "final.png")
-        if not s.data:
-            print_before_and_after(sd, value_encoder)
+        if sd.unet.config.sample_size * sd.vae.config.factor == portraits.SIZE:
+            print_before_and_after(sd, value_encoder, {sample.value for sample, _ in dataset.aligned})
         print(f"the value encoder is in {folder / 'value_encoder'}, pictures are in {folder / 'samples'}")
     if dist.is_initialized():
         dist.destroy_process_group()
