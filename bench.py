@@ -458,6 +458,17 @@ def machine(device):
     return f"{os.cpu_count()} cores of {torch.cpu.get_capabilities().get('cpu_name', platform.processor())}"
 
 
+def save_rows(machine, rows):
+    """Into assets/bench-MACHINE.json, in the place of older ones of the same model and thing."""
+    slug = re.sub(r"\W+", "-", machine.lower())
+    file = Path(__file__).parent / "assets" / f"bench-{slug}.json"
+    found = weights.read_json(file)["rows"] if file.exists() else []
+    by_what = {(row["model"], row["what"]): row for row in [*found, *rows]}
+    with atomic(file) as path:
+        text = json.dumps({"machine": machine, "rows": [*by_what.values()]}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
 PARTS = {"sample": bench_sample, "train": bench_train, "load": bench_load, "attention": bench_attention}
 
 
@@ -469,7 +480,7 @@ def main(argv=None):
     parser.add_argument("--size", type=count, help="of the pictures, in pixels; the model's own if left out")
     parser.add_argument("--batch", type=count, help="pictures, pairs, or samples to attend")
     parser.add_argument("--steps", type=number(int, 3, 1000), help="of a run")
-    parser.add_argument("--save", action="store_true", help="write the rows to assets/bench-MACHINE.json")
+    parser.add_argument("--save", action="store_true", help="write the rows into assets/bench-MACHINE.json")
     add_device_options(parser)
     args = parser.parse_args(argv)
     os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
@@ -480,16 +491,14 @@ def main(argv=None):
     with prepared(args.full, device) as model:
         if args.size and args.size % model.factor:
             raise UserError(f"--size {args.size}: expected a multiple of {model.factor}")
-        print(f"{machine(device)}, torch {torch.__version__}, {'SD 1.5, random' if args.full else 'tiny-sd'}")
+        name = "SD 1.5, random" if args.full else "tiny-sd"
+        print(f"{machine(device)}, torch {torch.__version__}, {name}")
         if args.part != "attention":
             print(HEADER)
         for part in [args.part] if args.part else PARTS:
             rows += PARTS[part](model, args)
     if args.save:
-        slug = re.sub(r"\W+", "-", machine(device).lower())
-        with atomic(Path(__file__).parent / "assets" / f"bench-{slug}.json") as path:
-            about = {"machine": machine(device), "torch": torch.__version__, "full": args.full, "runs": args.runs}
-            path.write_text(json.dumps(about | {"rows": rows}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_rows(machine(device), [{"model": name, "torch": torch.__version__, "runs": args.runs} | row for row in rows])
 
 
 if __name__ == "__main__":

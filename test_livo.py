@@ -2932,6 +2932,14 @@ def test_rows_of_the_bench(part, one_process, tmp_path, monkeypatch, capsys):
         assert min(row["peak_ours"], row["peak_theirs"]) > 10**8 and (row["floor"] or 1) > 0
 
 
+def test_saved_rows_replace_those_of_the_same_thing(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    bench.save_rows("A CPU", [{"model": "a", "what": "x", "ours": 1}, {"model": "b", "what": "x", "ours": 2}])
+    bench.save_rows("A CPU", [{"model": "a", "what": "x", "ours": 3}, {"model": "a", "what": "y", "ours": 4}])
+    saved = json.loads((tmp_path / "assets" / "bench-a-cpu.json").read_text())
+    assert saved["machine"] == "A CPU" and [row["ours"] for row in saved["rows"]] == [3, 2, 4]
+
+
 def test_load_is_timed_from_the_start_of_python(tiny):
     for script in (bench.LOAD_OURS, bench.LOAD_THEIRS):
         taken, size = bench.loading(script, tiny, "cpu", torch.float32)
