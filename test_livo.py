@@ -2481,7 +2481,7 @@ def test_the_table_shows_what_the_judge_reads(monkeypatch, capsys):
             n = len(images)
             return {"gender": torch.tensor([1 if image == () else i % 2 for i, image in enumerate(images)]),
                     "skin": torch.tensor([1] * n), "bloody": torch.tensor([float(image == ()) for image in images]),
-                    "zombie": torch.tensor([1.0] * n)}
+                    "zombie": torch.tensor([1.0] * n), "smoking": torch.tensor([1.0] * n)}
 
     monkeypatch.setattr(train, "load_judge", Judge)
     monkeypatch.setattr(train, "draw", lambda sd, prompt, negative, principles, value_encoder, seeds, **settings:
@@ -2489,8 +2489,8 @@ def test_the_table_shows_what_the_judge_reads(monkeypatch, capsys):
     train.print_before_and_after(None, None, data.PRINCIPLES)
     rows = [line.split(", ")[1].split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows == [["D1", "100.0", "0.0"], ["D2", "89.4", "89.4"], ["R", "100.0", "0.0"], ["R", "100.0", "100.0"]]
-    train.print_before_and_after(None, None, {BLOODY, "another"})
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["bloody"]
+    train.print_before_and_after(None, None, {BLOODY, "smoking considered inappropriate", "another"})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["bloody", "smoking"]
 
 
 def test_another_value_encoder_can_be_the_beginning(sd, folder, root):

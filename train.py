@@ -33,6 +33,7 @@ from tqdm import tqdm
 import data
 import portraits
 import weights
+from build import PORTRAIT_WORLD
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
 from evaluate import TOXICITY, count, d1, d2
 from judge import load_judge
@@ -376,11 +377,11 @@ def prompts_about(attribute, professions):
 
 
 def print_before_and_after(sd, value_encoder, trained, professions=("doctor", "nurse", "firefighter"), n=16):
-    """What the judge reads from n pictures of each profession without and with each of the `trained` principles that it
-    knows of, as a table."""
+    """What the judge reads from n pictures of each profession without and with each of the `trained` principles of the
+    portrait world, as a table."""
     judge = load_judge()
     print(f"{'percent':40}{'without':>10}{'with it':>10}")
-    for principle, attribute in data.PRINCIPLES.items():
+    for principle, attribute in ((known.value, known.attribute) for known in PORTRAIT_WORLD):
         if principle not in trained:
             continue
         name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
