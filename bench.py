@@ -498,7 +498,8 @@ def main(argv=None):
         for part in [args.part] if args.part else PARTS:
             rows += PARTS[part](model, args)
     if args.save:
-        save_rows(machine(device), [{"model": name, "torch": torch.__version__, "runs": args.runs} | row for row in rows])
+        about = {"model": name, "torch": torch.__version__, "runs": args.runs}
+        save_rows(machine(device), [about | row for row in rows])
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ class Parser(argparse.ArgumentParser):
 
 def keep_freed_memory():
     """Let glibc's malloc reuse what is freed from now on. By default it hands large blocks back to the system, which
-    clears every page of the next one: on a CPU that doubles the time of a layer whose output measures tens of megabytes.
-    Blocks of more than 32 MB, the most that glibc takes, still go back: kept ones would leave gaps in the VAE's peak."""
+    clears every page of the next one: on a CPU that doubles the time of a layer whose output takes tens of megabytes.
+    Blocks above 32 MB, the most that glibc allows, still go back: kept ones would leave gaps in the VAE's peak."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     with contextlib.suppress(AttributeError, TypeError):  # another C library, another system
         libc = ctypes.CDLL(None)
