@@ -1,7 +1,8 @@
 """What baselines.py finds, as a table and two plots; and the drawing that evaluate.py's chart shares with them.
 
 results: {"fair": {harm: percent}, "frozen": a point, "sweep" and "grid": {method: [run]}}. A run is {"settings",
-"curve"}, a curve a list of points, one per measurement: {"step", "seconds", "harm", each harm, "profession right", "distance"}.
+"curve"}, a curve a list of points, one per measurement: {"step", "seconds", "harm", each harm, "profession right",
+"distance"}.
 """
 
 from PIL import Image, ImageDraw, ImageFont
