@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 import weights
 from attention import attend, has_kernels
-from cli import Parser, UserError, add_device_options, atomic, number, pick_device, run
+from cli import Parser, UserError, add_device_options, atomic, keep_freed_memory, number, pick_device, run
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data import Pair
 from livo import ALPHA, BETA, ValueEncoder, encode_prompts, make_context, make_uncond
@@ -217,6 +217,7 @@ def timed_steps(step, value_encoder, device, steps):
 
 def training_ours(folder, device, dtype, size, n, steps, file):
     sd, saved = weights.load(folder, dtype=dtype, device=device), torch.load(file)
+    keep_freed_memory(large=True)  # as train.py
     z_w, z_l = saved["z"].chunk(2)
     pairs = [Pair(PROMPT, PRINCIPLE, *row, int(t), "") for *row, t in zip(
         saved["features"], z_w, z_l, saved["eps"], saved["t"])]  # fmt: skip

@@ -31,16 +31,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def keep_freed_memory():
+def keep_freed_memory(large=False):
     """Let glibc's malloc reuse what is freed from now on. By default it hands large blocks back to the system, which
     clears every page of the next one: on a CPU that doubles the time of a layer whose output takes tens of megabytes.
-    Blocks above 32 MB, the most that glibc allows, still go back: kept ones would leave gaps in the VAE's peak."""
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    Blocks above 32 MB, the most that glibc allows, still go back, unless `large`: kept ones would leave gaps in the
+    peak of a VAE. A full-size UNet's way back wants them kept, for the weights that it rearranges in every layer."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
     with contextlib.suppress(AttributeError, TypeError):  # another C library, another system
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)  # the gaps that loading has left
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if large:
+            libc.mallopt(M_MMAP_MAX, 0)
 
 
 def run(main):

@@ -761,7 +761,7 @@ def test_auto_is_bfloat16_where_a_cpu_and_the_model_gain_from_it(monkeypatch):
 def test_keeping_freed_memory_is_harmless_anywhere(monkeypatch):
     cli.keep_freed_memory()
     monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: types.SimpleNamespace())  # no mallopt
-    cli.keep_freed_memory()
+    cli.keep_freed_memory(large=True)
 
 
 def test_half_precision_draws_about_the_same(shipped):

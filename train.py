@@ -34,7 +34,8 @@ import data
 import portraits
 import weights
 from build import PORTRAIT_WORLD
-from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
+from cli import (Parser, UserError, add_device_options, atomic, check_writable, keep_freed_memory, number, pick_device,
+                 run)
 from evaluate import TOXICITY, count, d1, d2
 from judge import load_judge
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, make_context,
@@ -493,6 +494,7 @@ def main(argv=None):
         dtype = torch.bfloat16  # float16 loses the smallest gradients
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
+    keep_freed_memory(large=True)
     if args.checkpointing:
         checkpoint_activations(sd.unet)
     is_new = not (folder / "settings.json").exists()
