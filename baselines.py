@@ -271,8 +271,9 @@ def collect(out):
     if not results["frozen"]:
         raise UserError(f"{out}: expected finished runs, got none")
     n = results["about"]["per_prompt"]
-    of_fair = [fair(d1, len(portraits.GENDERS), n), fair(d2, len(portraits.SKINS), n), 0.0, 0.0]
-    results["fair"] = {"harm": np.mean(of_fair), **dict(zip(HARMS, of_fair))}
+    of_fair = dict.fromkeys(HARMS, 0.0) | {"gender D1": fair(d1, len(portraits.GENDERS), n),
+                                           "skin D2": fair(d2, len(portraits.SKINS), n)}  # fmt: skip
+    results["fair"] = {"harm": np.mean([*of_fair.values()]), **of_fair}
     return results
 
 
@@ -333,9 +334,9 @@ def main(argv=None):
 
     check_writable(args.out)
     sd = weights.load(args.weights)
-    if sd.unet.config.sample_size * sd.vae.config.factor != portraits.SIZE:
+    if sd.size != portraits.SIZE:
         raise UserError(f"{args.weights}: expected a model of the portrait world, which draws {portraits.SIZE} pixels, "
-                        f"got one that draws {sd.unet.config.sample_size * sd.vae.config.factor}")
+                        f"got one that draws {sd.size}")
     s = train.Settings(**train.TINY_SD | {"steps": args.steps})
     dataset = data.PreferenceDataset(args.data or data.default_pairs(args.out.parent), sd, args.out.parent / "cache",
                                      s.together)

@@ -41,7 +41,7 @@ from judge import ATTRIBUTES, decide, load_judge
 from livo import make_context, make_uncond
 from portraits import PROFESSIONS, WORDINGS, with_article
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
-from sample import Schedule, generate, latent_size
+from sample import Schedule, generate
 from weights import atomic_folder, read_json, write_json
 
 ASK = 32  # pictures of the plain prompts, to see which answer the model over-produces
@@ -447,10 +447,9 @@ def main(args):
     concepts = read_concepts(args.prompts) if args.prompts else []
     sd = weights.load(args.weights, dtype=dtype, device=device, tokenizer=args.tokenizer,
                       prediction_type=args.prediction)
-    size = latent_size(sd)[0] * sd.vae.config.factor
-    is_portrait = size == portraits.SIZE
+    is_portrait = sd.size == portraits.SIZE
     if not is_portrait and args.classifier in (None, "judge"):
-        raise UserError(f"--classifier: expected a CLIP for pictures of {size} pixels, the folder or hub name, such as "
+        raise UserError(f"--classifier: expected a CLIP for pictures of {sd.size} pixels, the folder or hub name, such as "
                         f"openai/clip-vit-large-patch14, got {args.classifier or 'none'}")
     sampling = {"steps": args.steps or (PORTRAIT_STEPS if is_portrait else STEPS), "sampler": args.sampler,
                 "guidance": args.guidance}

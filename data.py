@@ -275,7 +275,6 @@ def fingerprint(sd, samples):
 @torch.no_grad()
 def encode_samples(sd, samples, faults, root, folder, batch_size=8):
     """Write latents.bin, float16, a row for each readable image; broken.json, the others; features.bin."""
-    size = sd.unet.config.sample_size * sd.vae.config.factor
     vae, broken = next(sd.vae.parameters()), {}
     with open(folder / "latents.bin", "wb") as file:
         for start in tqdm(range(0, len(samples), batch_size), "encoding images", disable=None, leave=False):
@@ -283,7 +282,7 @@ def encode_samples(sd, samples, faults, root, folder, batch_size=8):
             for sample in samples[start:start + batch_size]:
                 try:
                     with Image.open(sample.path) as image:
-                        images.append(crop(image, size))
+                        images.append(crop(image, sd.size))
                 except Exception as error:  # a damaged file can raise anything in Pillow
                     broken[sample.where] = f"{sample.where}: {sample.path.name} is no readable image: {error}"
             check_lost([*faults, *broken.values()], len(faults) + len(samples), root)

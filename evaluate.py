@@ -41,7 +41,7 @@ from judge import ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipJudge, accuracy, decid
 from livo import make_context, make_uncond
 from pretrain import HELD_OUT, draw_pictures, psnr, stack, to_float
 from retrieve import is_bias
-from sample import Schedule, choose_principles, draw, generate, grid, latent_size, load_value_encoder, spread
+from sample import Schedule, choose_principles, draw, generate, grid, load_value_encoder, spread
 
 PER_PROMPT, PER_PROMPT_JUDGED = 50, 20  # pictures, as in the paper; of tiny-sd, whose table is to take half an hour
 GROUP = 5  # pictures; Max and Prob look at groups
@@ -518,10 +518,9 @@ def main(argv=None):
     sets = prompt_sets(args.prompts, args.principle) if args.clip else {}
     sd = weights.load(args.weights, dtype=dtype, device=device, tokenizer=args.tokenizer,
                       prediction_type=args.prediction)
-    size = latent_size(sd)[0] * sd.vae.config.factor
-    if size != portraits.SIZE and not args.clip:
+    if sd.size != portraits.SIZE and not args.clip:
         raise UserError(f"{args.weights}: expected a model of the portrait world, which draws {portraits.SIZE} "
-                        f"pixels, got one that draws {size}; other models need --clip")
+                        f"pixels, got one that draws {sd.size}; other models need --clip")
     Schedule(sd.scheduler).trajectory(args.steps, args.sampler)  # complain before the work, not in it
     settings = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
     if args.side_by_side:

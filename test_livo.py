@@ -2494,7 +2494,7 @@ def test_the_table_shows_what_the_judge_reads(monkeypatch, capsys):
 
 
 def test_another_value_encoder_can_be_the_beginning(sd, folder, root):
-    """Of no step at all the end is the beginning."""
+    """A step of length 0 ends where it began."""
     first, second = folder / "beginning", folder / "from-it"
     train.main([*run_settings(folder, root), "--steps", "2", "--out", str(first)])
     train.main([*run_settings(folder, root), "--steps", "1", "--lr", "0", "--init", str(first), "--out", str(second)])

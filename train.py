@@ -85,9 +85,9 @@ OPTIONS = [option for option in fields(Settings) if option.metadata]
 # units of the model's own error, and so is what separates an aligned from a violating picture: much more in a small
 # model than in a large one. The slopes are so steep that every gradient is clipped: as the pairs of a step share a
 # principle, each principle then moves the weights equally far, though blood changes the error 50 times more than gender.
-TINY_SD = {"steps": 1250, "batch": 8, "micro_batch": 16, "together": 8, "t_low": 100, "lr": 1e-3, "token_lr": 10.0, "warmup": 20,
-           "decay": 0.4, "alpha": 1000.0, "bias_share": 0.125, "beta": 2000.0, "gamma1": 80.0, "gamma2": 100.0,
-           "save_every": 200, "sample_every": 500}  # fmt: skip
+TINY_SD = {"steps": 1250, "batch": 8, "micro_batch": 16, "together": 8, "t_low": 100, "lr": 1e-3, "token_lr": 10.0,
+           "warmup": 20, "decay": 0.4, "alpha": 1000.0, "bias_share": 0.125, "beta": 2000.0, "gamma1": 80.0,
+           "gamma2": 100.0, "save_every": 200, "sample_every": 500}  # fmt: skip
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
@@ -382,9 +382,7 @@ def print_before_and_after(sd, value_encoder, trained, professions=("doctor", "n
     portrait world, as a table."""
     judge = load_judge()
     print(f"{'percent':40}{'without':>10}{'with it':>10}")
-    for principle, attribute in ((known.value, known.attribute) for known in PORTRAIT_WORLD):
-        if principle not in trained:
-            continue
+    for principle, attribute in [(p.value, p.attribute) for p in PORTRAIT_WORLD if p.value in trained]:
         name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
         values = []
         for principles in ([], [principle]):
@@ -514,7 +512,7 @@ def main(argv=None):
     if RANK == 0:
         weights.save_text_encoder(value_encoder, folder / "value_encoder")
         draw_samples(sd, value_encoder, dataset, folder / "samples" / "final.png")
-        if sd.unet.config.sample_size * sd.vae.config.factor == portraits.SIZE:
+        if sd.size == portraits.SIZE:
             print_before_and_after(sd, value_encoder, {sample.value for sample, _ in dataset.aligned})
         print(f"the value encoder is in {folder / 'value_encoder'}, pictures are in {folder / 'samples'}")
     if dist.is_initialized():

@@ -70,6 +70,11 @@ class StableDiffusion:
     tokenizer: CLIPTokenizer
     scheduler: dict  # of scheduler_config.json; its prediction_type is always there
 
+    @property
+    def size(self):
+        """Of the pictures that it was trained at, in pixels."""
+        return self.unet.config.sample_size * self.vae.config.factor
+
 
 def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer=None, prediction_type=None):
     """A folder, a file or a hub name -> StableDiffusion, frozen.
