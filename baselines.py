@@ -39,7 +39,7 @@ from evaluate import TOXICITY, UNTRAINED, d1, d2, fair, fingerprint, generated, 
 from judge import digest, load_judge
 from livo import ValueEncoder, bradley_terry_loss, livo_loss, make_context
 from sample import Schedule
-from train import METRICS, noise_error, prompts_about, stack_pairs
+from train import METRICS, noise_error, predict, prompts_about, reference, stack_pairs
 
 
 def table(**columns):
@@ -120,14 +120,13 @@ def add_gradient(sd, method, network, pairs, schedule, s):
     """
     part, loss = TRAINED[method]
     model, value_encoder = with_part(sd, part, network)
-    features, z_w, z_l, eps, t = stack_pairs(pairs, sd.unet.conv_in.weight.device)
+    features, z_w, z_l, eps, harmless, t = stack_pairs(pairs, sd.unet.conv_in.weight.device)
     principles = [pair.principle for pair in pairs]
     context = make_context(model, [pair.prompt for pair in pairs], [principles] if value_encoder else [], value_encoder,
                            features if model.text_encoder is sd.text_encoder else None)  # (B, 77 or 78, C)
-    z = torch.cat([z_w, z_l])
-    with torch.no_grad():
-        refs = noise_error(sd.unet, schedule, eps, t, z, torch.cat([features, features])).chunk(2)
-    errs = noise_error(model.unet, schedule, eps, t, z, torch.cat([context, context])).chunk(2)
+    refs, targets = reference(sd.unet, schedule, eps, t, z_w, z_l, features, harmless)
+    output, _ = predict(model.unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([context, context]))
+    errs = noise_error(output, torch.cat(targets)).chunk(2)
     errors = errs[0], refs[0], errs[1], refs[1]
     (loss(s, principles, *errors) * len(pairs) / s.batch).backward()
     return torch.stack(errors).detach()

@@ -219,7 +219,7 @@ def training_ours(folder, device, dtype, size, n, steps, file):
     sd, saved = weights.load(folder, dtype=dtype, device=device), torch.load(file)
     keep_freed_memory(large=True)  # as train.py
     z_w, z_l = saved["z"].chunk(2)
-    pairs = [Pair(PROMPT, PRINCIPLE, *row, int(t), "") for *row, t in zip(
+    pairs = [Pair(PROMPT, PRINCIPLE, *row, int(t), False, "") for *row, t in zip(
         saved["features"], z_w, z_l, saved["eps"], saved["t"])]  # fmt: skip
     value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
     s, schedule = train.Settings(batch=n, gamma1=MARGIN, gamma2=MARGIN), Schedule(sd.scheduler)

@@ -11,9 +11,8 @@
 
 ROOT/<type>/<scene>/metadata.jsonl, as in the authors' release: for every image beside it a line
 {"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating. Ours adds the type 3-harmless:
-scenes of aligned images alone, of prompts that the principle has nothing to do with. There y_l is y_w, and what is
-left of the loss is (β − α) (ℓ_θ − ℓ_ref): plain denoising, at which the frozen model is good already, so that the
-principle learns to change nothing.
+scenes of aligned images alone, of prompts that the principle has nothing to do with. There y_l is y_w, and the
+principle learns to change nothing: `train.reference`.
 """
 
 import argparse
@@ -153,6 +152,7 @@ class Pair:
     z_l: torch.Tensor
     eps: torch.Tensor
     t: int
+    harmless: bool  # then y_l is y_w
     where: str  # the lines that tell of y_w and y_l
 
 
@@ -231,7 +231,7 @@ class PreferenceDataset:
         z_w, z_l = (sample_latent(*self.latents[row, mirrored].float(), generator) for row in (row_w, row_l))
         return Pair(aligned.prompt, aligned.value, self.features[self.prompt_rows[aligned.prompt]], z_w, z_l,
                     eps=torch.randn(z_w.shape, generator=generator), t=rng.choice(times),
-                    where=f"{aligned.where} and {violating.where}")
+                    harmless=is_harmless(aligned), where=f"{aligned.where} and {violating.where}")
 
 
 def is_harmless(sample):

@@ -173,13 +173,22 @@ def test_vae_equals_diffusers(name):
     assert torch.equal(z, before)
 
 
-def test_attention_equals_its_formula():
-    """One matrix product for three projections; heads laid out as in the formula; causal or not."""
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_matrix_product_for_three_projections(monkeypatch, bias):
     torch.manual_seed(0)
-    layers, x = [torch.nn.Linear(12, 12) for _ in range(3)], torch.randn(2, 5, 12)
-    q, k, v = project(x, *layers)
-    for ours, layer in zip((q, k, v), layers):
-        assert_close(ours, layer(x))
+    layers, x = [torch.nn.Linear(12, out, bias) for out in (12, 12, 8)], torch.randn(2, 5, 12)
+    for on_gpu, joined in (False, False), (True, True):
+        monkeypatch.setattr(attention, "has_kernels", lambda device, on_gpu=on_gpu: on_gpu)
+        results = project(x, *layers)
+        assert (len({y.untyped_storage().data_ptr() for y in results}) == 1) == joined
+        for ours, layer in zip(results, layers, strict=True):
+            assert_close(ours, layer(x))
+
+
+def test_attention_equals_its_formula():
+    """Heads laid out as in the formula; causal or not."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 12)
     for causal in (False, True):
         heads = []
         for h in range(3):
@@ -2160,7 +2169,7 @@ def test_a_harmless_picture_is_both_of_its_pair(root, sd, tmp_path):
     dataset = data.PreferenceDataset(root, sd, tmp_path)
     position = next(i for i in range(len(dataset)) if data.is_harmless(dataset.aligned_at(i, 0)[0]))
     pair, (sample, _) = dataset.pair(position, 0, range(1000)), dataset.aligned_at(position, 0)
-    assert pair.where == f"{sample.where} and {sample.where}"
+    assert pair.where == f"{sample.where} and {sample.where}" and pair.harmless
     assert 0 < (pair.z_w - pair.z_l).abs().max() < 1 and pair.z_w.std() > 0  # two draws of one distribution
 
 
@@ -2337,9 +2346,25 @@ def kept(unet, context):
             found[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)  # x: so that none is freed
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    checkpoint = torch.utils.checkpoint.checkpoint
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        patch.setattr("unet.checkpoint", lambda f, x, **options: checkpoint(f, pack(x), **options))  # it keeps x itself
         output = unet(torch.randn(1, 4, 16, 16), 500, context)
     return output, sum(size for size, _ in found.values())
+
+
+def test_what_is_cheap_is_computed_again_rather_than_kept(monkeypatch):
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**UNETS["1.x, two levels"])).eval().requires_grad_(False)
+    context, results = torch.randn(1, 78, 24, requires_grad=True), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        output, size = kept(unet, context)
+        results.append((output, torch.autograd.grad(output.square().sum(), context)[0], size))
+        monkeypatch.setattr("unet.recomputed", lambda f, x: f(x))
+    (output, gradient, less), (plain, plain_gradient, more) = results
+    assert torch.equal(output, plain) and torch.equal(gradient, plain_gradient)
+    assert less < 0.8 * more
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -2401,6 +2426,26 @@ def test_the_loss_without_effect_is_the_sum_of_the_margins(sd, dataset, monkeypa
     assert_close(errors[::2], errors[1::2], 1e-5)
     line = train.summarize(0, errors, [BLOODY] * 4, s)
     assert line["loss"] == pytest.approx(1.5, rel=1e-3) and line["active_w"] == line["active_l"] == 1
+
+
+def test_a_harmless_pair_is_held_to_the_frozen_models_prediction(sd, dataset):
+    schedule, features = Schedule(sd.scheduler), torch.stack([pair.features for pair in pairs_of(dataset)])
+    pairs = [replace(pair, z_l=pair.z_w, harmless=i < 2) for i, pair in enumerate(pairs_of(dataset))]
+    eps, z = torch.stack([pair.eps for pair in pairs]), torch.stack([pair.z_w for pair in pairs])
+    t = torch.tensor([pair.t for pair in pairs])
+    refs, targets = train.reference(sd.unet, schedule, eps, t, z, z, features, torch.tensor([True, True, False, False]))
+    output, _ = train.predict(sd.unet, schedule, eps, t, z, features)
+    for ref, target in zip(refs, targets):
+        assert (ref == 0).tolist() == [True, True, False, False]
+        assert_close(target, torch.cat([output[:2], eps[2:]]), 1e-6)
+
+    value_encoder, s = trained_a_little(sd), settings(alpha=10.0, beta=30.0, bias_share=1.0, gamma1=1.0, gamma2=1.0, batch=2)
+    train.add_gradient(sd, value_encoder, pairs[:2], schedule, s)
+    context = make_context(sd, [p.prompt for p in pairs[:2]], [[p.principle for p in pairs[:2]]],
+                           plain := trained_a_little(sd), features[:2])  # fmt: skip
+    moved, _ = train.predict(sd.unet, schedule, eps[:2], t[:2], z[:2], context)
+    ((s.beta - s.alpha) * (moved - output[:2]).square().mean()).backward()
+    assert relative(gradients(value_encoder), gradients(plain)) < 1e-4
 
 
 def test_silent_hinges_have_no_gradient(sd, dataset):

@@ -97,21 +97,40 @@ SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
 
 
 def stack_pairs(pairs, device):
-    """-> features (B, 77, C), z_w, z_l and eps (B, 4, h, w) on the device, t (B,) on the CPU."""
+    """-> features (B, 77, C), z_w, z_l and eps (B, 4, h, w) and harmless (B,) on the device, t (B,) on the CPU."""
     tensors = [torch.stack([getattr(pair, name) for pair in pairs]).to(device)
                for name in ("features", "z_w", "z_l", "eps")]  # fmt: skip
-    return *tensors, torch.tensor([pair.t for pair in pairs])
+    harmless = torch.tensor([pair.harmless for pair in pairs], device=device)
+    return *tensors, harmless, torch.tensor([pair.t for pair in pairs])
 
 
-def noise_error(unet, schedule, eps, t, z, context):
-    """ℓ of n·B latents z with as many contexts, n for each of B pairs with noise eps and time t -> (n·B,) float32."""
+def predict(unet, schedule, eps, t, z, context):
+    """n·B latents z with as many contexts, n for each of B pairs with noise eps and time t -> what the UNet finds in
+    them, and what is in them: two (n·B, 4, h, w) in float32."""
     n, dtype = len(z) // len(t), unet.conv_in.weight.dtype
     eps, t = eps.repeat(n, 1, 1, 1), t.repeat(n)
     abar = schedule.alphas_cumprod[t].to(z.device)[:, None, None, None]  # (n·B, 1, 1, 1)
     a, b = abar.sqrt(), (1 - abar).sqrt()
     target = a * eps - b * z if schedule.prediction_type == "v_prediction" else eps
-    output = unet((a * z + b * eps).to(dtype), t.to(z.device), context).float()
+    return unet((a * z + b * eps).to(dtype), t.to(z.device), context).float(), target
+
+
+def noise_error(output, target):
+    """ℓ, (B,)."""
     return (output - target).square().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def reference(unet, schedule, eps, t, z_w, z_l, features, harmless):
+    """The frozen model's errors ref_w, ref_l, (B,) each, and what the targets are, two (B, 4, h, w).
+
+    A harmless pair, in which z_w is z_l, is to stay as it is: its target is the frozen model's own output. Then ℓ_ref
+    is 0, and L = γ1 + γ2 + (β − α) ℓ_θ counts how far the principle takes the model away from it. The noise ε would
+    have the same minimum, but hides so small a distance.
+    """
+    output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([features, features]))
+    target = torch.where(harmless.repeat(2)[:, None, None, None], output, target)
+    return noise_error(output, target).chunk(2), target.chunk(2)
 
 
 def slopes(principles, s, device="cpu"):
@@ -128,19 +147,17 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     memory. Their gradients meet in the context and go through the value encoder once. The frozen model, which
     keeps nothing, takes both pictures in one call.
     """
-    features, z_w, z_l, eps, t = stack_pairs(pairs, sd.unet.conv_in.weight.device)
+    features, z_w, z_l, eps, harmless, t = stack_pairs(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
     context = make_context(sd, prompts, [principles], value_encoder, features)  # (B, 78, C)
     leaf = context.detach().requires_grad_()  # here the graph is cut
-    error = partial(noise_error, sd.unet, schedule, eps, t)
-
-    with torch.no_grad():
-        refs = error(torch.cat([z_w, z_l]), torch.cat([features, features])).chunk(2)  # (B,) each
+    refs, targets = reference(sd.unet, schedule, eps, t, z_w, z_l, features, harmless)
     hinges = (partial(aligned_hinge, beta=s.beta, gamma1=s.gamma1),
               partial(violating_hinge, alpha=slopes(principles, s, z_w.device), gamma2=s.gamma2))  # fmt: skip
     errors = []
-    for z, ref, hinge in zip((z_w, z_l), refs, hinges):
-        err = error(z, leaf)
+    for z, target, ref, hinge in zip((z_w, z_l), targets, refs, hinges):
+        output, _ = predict(sd.unet, schedule, eps, t, z, leaf)
+        err = noise_error(output, target)
         loss = hinge(err, ref).sum() / s.batch
         if loss > 0:  # else all of them are silent, and so would their gradient be
             loss.backward()

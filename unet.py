@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import attend, project
 
@@ -84,6 +85,11 @@ class Conv2d(nn.Conv2d):
         return super().forward(x)
 
 
+def recomputed(f, x):
+    """f(x), of which only x is kept for the way back, where f is computed again: f is cheap, its output large."""
+    return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False) if x.requires_grad else f(x)
+
+
 def as_many(x, like):
     """x (B, …) over and over until it has as many rows as `like`: (n·B, …)."""
     n = like.shape[0] // x.shape[0]
@@ -107,10 +113,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time=None):
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(recomputed(lambda x: F.silu(self.norm1(x)), x))
         if time is not None:
             h = h + as_many(self.time_emb_proj(time), h)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(recomputed(lambda x: F.silu(self.norm2(x)), h))
         return self.conv_shortcut(x) + h
 
 
@@ -166,9 +172,13 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(channels, 8 * channels)
 
-    def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
+    @staticmethod
+    def gated(x):
+        x, gate = x.chunk(2, dim=-1)
         return x * F.gelu(gate)
+
+    def forward(self, x):
+        return recomputed(self.gated, self.proj(x))
 
 
 class FeedForward(nn.Module):
