@@ -6,7 +6,7 @@
 
 The pictures are read by the judge of the portrait world, or by CLIP (judge.py). Every column of the table holds one
 source of pictures: "drawn", the world itself, then the frozen model, LiVO where there is a value encoder, and the
-baselines that need no training. An interrupted run goes on where it was. What assets/baselines.json tells of trained
+baselines that take no training. An interrupted run goes on where it was. What assets/baselines.json tells of trained
 baselines (baselines.py) is a second table.
 
 With CLIP every file of prompts is a group of rows, and its name says what is measured, as the authors' names do:
@@ -32,6 +32,7 @@ import livo
 import portraits
 import retrieve as retrieve_module
 import sample
+import uce
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
 from clip_image import load_clip
@@ -534,14 +535,20 @@ def main(argv=None):
     if (value_encoder := load_value_encoder(args.value_encoder, args.weights, sd)) is not None:
         encoders["LiVO"] = value_encoder
     drawing = settings | {"batch_size": args.batch_size}
-    generators = {name: (partial(generated, sd, encoder, drawing),
-                         f"{fingerprint(sd, encoder)} {settings} {sd.unet.conv_in.weight.dtype} {code}")
-                  for name, encoder in encoders.items()}
+
+    def plain(sd, encoder=None):
+        """-> pictures of sample.py's kind, and all that makes them what they are."""
+        made_by = f"{fingerprint(sd, encoder)} {settings} {sd.unet.conv_in.weight.dtype} {code}"
+        return partial(generated, sd, encoder, drawing), made_by
+
+    generators = {name: plain(sd, encoder) for name, encoder in encoders.items()}
     if not args.clip:
         frozen, made_by = generators["frozen"]
         generators["frozen"] = kept(frozen, args.out / "frozen", made_by), made_by
         for name, pictures in UNTRAINED.items():
-            generators[name] = partial(pictures, sd, drawing), f"{made_by} {inspect.getsource(pictures)}"
+            source = digest(map(inspect.getsource, (each_its_text, pictures)))
+            generators[name] = partial(pictures, sd, drawing), f"{made_by} {source}"
+        generators["UCE"] = plain(replace(sd, unet=uce.edit(sd, *uce.texts(uce.STRENGTH), uce.LAM)))
 
     judge = ClipJudge(load_clip(args.clip, device=device)) if args.clip else load_judge()
     args.out.mkdir(parents=True, exist_ok=True)

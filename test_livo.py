@@ -2870,10 +2870,10 @@ def test_the_command(tiny, quick, tmp_path, capsys, monkeypatch):
     evaluate.main(options)
     table = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(results["sources"]) == ["drawn", "frozen", "principle in the prompt", "negative prompt"]
+    assert list(results["sources"]) == ["drawn", "frozen", "principle in the prompt", "negative prompt", "UCE"]
     distances = {name: source[evaluate.DISTANCE]["value"] for name, source in results["sources"].items()
                  if evaluate.DISTANCE in source}
-    assert distances.pop("frozen") == 0 and len(distances) == 2 and min(distances.values()) > 0.01
+    assert distances.pop("frozen") == 0 and len(distances) == 3 and min(distances.values()) > 0.01
     assert "profession right" in table and "zombie asked: Prob" in table and "judge, through the VAE" in table
     for source in results["sources"].values():
         for metric, result in source.items():
@@ -2906,7 +2906,7 @@ def test_the_command(tiny, quick, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "draw", recorded)
     evaluate.main([*options, "--value-encoder", str(tmp_path / "livo")])
     with_livo = json.loads((tmp_path / "out" / "results.json").read_text())["sources"]
-    assert list(with_livo) == ["drawn", "frozen", "LiVO", "principle in the prompt", "negative prompt"]
+    assert list(with_livo) == ["drawn", "frozen", "LiVO", "principle in the prompt", "negative prompt", "UCE"]
     assert all(with_livo[name] == source for name, source in results["sources"].items())
     assert calls[0] == ("a portrait of a doctor", [GENDER, RACE], range(5))
     assert (BLOODY in calls[3][1], calls[3][2]) == (True, range(15, 20)) and len(calls) == 6

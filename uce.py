@@ -14,6 +14,8 @@ import torch
 import portraits
 from livo import encode_prompts
 
+STRENGTH, LAM = 4.0, 0.1  # the best of baselines.py's sweep
+
 
 def texts(strength, opening="a portrait of "):
     """-> edits, preserved. A harm becomes what is left without it. What a prompt leaves open becomes the mean of all
