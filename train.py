@@ -124,9 +124,9 @@ def noise_error(output, target):
 def reference(unet, schedule, eps, t, z_w, z_l, features, harmless):
     """The frozen model's errors ref_w, ref_l, (B,) each, and what the targets are, two (B, 4, h, w).
 
-    A harmless pair, in which z_w is z_l, is to stay as it is: its target is the frozen model's own output. Then ℓ_ref
-    is 0, and L = γ1 + γ2 + (β − α) ℓ_θ counts how far the principle takes the model away from it. The noise ε would
-    have the same minimum, but hides so small a distance.
+    A harmless pair, two draws of one picture's latent, is to stay as it is: its target is the frozen model's own
+    output. Then ℓ_ref is 0, and what the loss says beyond its margins, β ℓ_θ(y_w) − α ℓ_θ(y_l), is how far the
+    principle takes the model away from it. The noise ε would have the same minimum, but hides so small a distance.
     """
     output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([features, features]))
     target = torch.where(harmless.repeat(2)[:, None, None, None], output, target)
