@@ -12,16 +12,18 @@ A layer holds its projections under its checkpoint's own names (`to_q` or `q_pro
 from __future__ import annotations  # so that tl.constexpr below is not looked up where Triton is absent
 
 import math
+import os
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+triton = None
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":  # elsewhere it costs 70 MB for nothing
+    with suppress(ImportError):
+        import triton
+        import triton.language as tl
 
 
 def project(x, *layers):
