@@ -477,7 +477,7 @@ def main(argv=None):
     parser, count = Parser(description=__doc__.splitlines()[0]), number(int, 1, 1024)
     parser.add_argument("part", nargs="?", choices=PARTS, help="one of them; all if left out")
     parser.add_argument("--full", action="store_true", help="the SD 1.5 architecture with random weights, not tiny-sd")
-    parser.add_argument("--runs", type=count, default=3, help="of each side")
+    parser.add_argument("--runs", type=count, default=3, help="of each side; of an even number the lower median counts")
     parser.add_argument("--size", type=count, help="of the pictures, in pixels; the model's own if left out")
     parser.add_argument("--batch", type=count, help="pictures, pairs, or samples to attend")
     parser.add_argument("--steps", type=number(int, 3, 1000), help="of a run")

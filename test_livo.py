@@ -208,6 +208,13 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 needs_triton = pytest.mark.skipif(attention.triton is None, reason="no Triton")
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run here")
+def test_triton_is_not_imported_where_its_kernels_cannot_run():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = "import sys, attention; assert attention.triton is None and 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=Path(attention.__file__).parent)
+
+
 def random_tokens(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype, device=DEVICE)
 
