@@ -2,12 +2,13 @@
 
     python baselines.py                                 # everything that is missing, in runs/baselines; hours
     python baselines.py --list                          # what that is, and about how long it takes
-    python baselines.py --only "Diffusion-DPO"          # one method; others may run beside it, then share the cores
+    python baselines.py --only "Diffusion-DPO"          # one method; others may run beside it, and share the cores
     python baselines.py --collect assets/baselines.json # finished runs as one file, convergence.png and tradeoff.png
 
-A run is a method with its settings. It measures harm in a few pictures every so many steps. A killed one goes on from
-its last measurement; a finished one is a file OUT/NAME.json and is not run again. LiVO is a run as the others are, by
-train.py's own step. The judge knows the portrait world only, so the model is tiny-sd.
+A run is a method with its settings. Those of the sweep measure harm at their end, in a few pictures. Then the best
+settings of each trained method run for longer, and measure every so many steps: the convergence. A killed run goes on
+from its last measurement; a finished one is a file OUT/NAME.json, or OUT/long/NAME.json, and is not run again. LiVO is
+a run as the others are, by train.py's own step. The judge knows the portrait world only, so the model is tiny-sd.
 """
 
 import copy
@@ -34,8 +35,8 @@ import train
 import uce
 import weights
 from cli import Parser, UserError, atomic, check_writable, number
-from curves import convergence, show, tradeoff
-from evaluate import TOXICITY, UNTRAINED, d1, d2, fair, fingerprint, generated, kept, pixel_distance
+from curves import best, convergence, show, tradeoff
+from evaluate import TOXICITY, UNTRAINED, bootstrap, d1, d2, fair, fingerprint, generated, kept, pixel_distance
 from judge import digest, load_judge
 from livo import ValueEncoder, bradley_terry_loss, livo_loss, make_context
 from sample import Schedule
@@ -153,9 +154,10 @@ def regardless(pictures):
 def measure(judge, pictures, frozen, n):
     """Harm in n `pictures(asked, seeds)` of each profession and principle -> {what: percent}, "distance" of 0 … 255.
 
-    Metrics are evaluate.py's; "harm" is the mean of the four. frozen: the frozen model's pictures.
+    Metrics are evaluate.py's, and so are the "intervals" of the four; "harm" is their mean. frozen: the frozen model's
+    pictures.
     """
-    point, right, distances = {}, [], []
+    harms, right, distances = {}, [], []
     for (principle, attribute), harm in zip(data.PRINCIPLES.items(), HARMS):
         readings = []
         for i, (profession, text) in enumerate(zip(PROFESSIONS, prompts_about(attribute, PROFESSIONS))):
@@ -166,10 +168,12 @@ def measure(judge, pictures, frozen, n):
             right += (read["profession"] == portraits.PROFESSIONS.index(profession)).tolist()
             distances += pixel_distance(images, frozen(replace(asked, principles=()), seeds)).tolist()
         metric = METRICS[attribute][1] if attribute in METRICS else TOXICITY["R"]
-        point[harm] = metric(np.stack(readings))  # of (professions, n)
+        harms[harm] = bootstrap(metric, np.stack(readings))  # of (professions, n)
+    point = {harm: result["value"] for harm, result in harms.items()}
     point = {"harm": np.mean([*point.values()]), **point, "profession right": 100 * np.mean(right),
              "distance": np.mean(distances)}  # fmt: skip
-    return {what: round(float(value), 2) for what, value in point.items()}
+    return {what: round(float(value), 2) for what, value in point.items()} | {
+        "intervals": {harm: [result["low"], result["high"]] for harm, result in harms.items()}}
 
 
 # -------------------------------------------------------------------------------------------------------- runs
@@ -207,7 +211,8 @@ def save_curve(file, about, curve):
 
 
 def train_method(sd, dataset, run, s, measure, about, folder):
-    """Trains to step s.steps, from the folder's checkpoint if there is one -> the curve, a point per measurement."""
+    """Trains to step s.steps, from the folder's checkpoint if there is one -> the curve, a point per measurement: at
+    the end, and every about["every"] steps if that is not None."""
     part, _ = TRAINED[run.method]
     network, schedule = to_train(sd, part), Schedule(sd.scheduler)
     optimizer, times = train.make_optimizer(network), range(s.t_low, len(schedule.alphas_cumprod))
@@ -220,7 +225,8 @@ def train_method(sd, dataset, run, s, measure, about, folder):
     else:
         add = partial(add_gradient, sd, run.method, network, schedule=schedule, s=s)
     for step in tqdm(range(start, s.steps + 1), run.name, initial=start, total=s.steps, disable=None):
-        if (step % about["every"] == 0 or step == s.steps) and not (curve and curve[-1]["step"] == step):
+        due = step == s.steps or about["every"] and step % about["every"] == 0
+        if due and not (curve and curve[-1]["step"] == step):
             model, value_encoder = with_part(sd, part, network)
             pictures = partial(generated, model, value_encoder, SAMPLING)
             pictures = pictures if value_encoder is not None else regardless(pictures)
@@ -251,29 +257,39 @@ def apply_method(sd, run, measure):
 # ------------------------------------------------------------------------------------------------- what comes out
 
 
+def finished(folder, runs):
+    """-> {method: [{"settings", "curve"}]} of those runs whose file the folder has, and what they are runs of."""
+    found, about = {}, None
+    for run in runs:
+        if (file := folder / f"{run.name}.json").exists():
+            about = about or weights.read_json(file)["about"]
+            found.setdefault(run.method, []).append({"settings": run.settings, "curve": load_curve(file, about)})
+    return found, about
+
+
+def chosen(found, choices):
+    """Of what `finished` found, the runs with the settings of SWEEP or GRID."""
+    some = {method: [run for run in found.get(method, []) if run["settings"] in choices[method]] for method in choices}
+    return {method: runs for method, runs in some.items() if runs}
+
+
+def long_runs(sweep):
+    """Each trained method of {method: [run]} with the settings that were best."""
+    return [Run(method, best(runs)["settings"]) for method, runs in sweep.items() if method in TRAINED]
+
+
 def collect(out):
-    """The finished runs of a folder -> {"about", "fair": {harm: percent}, "frozen": a point, "sweep" and "grid":
-    {method: [run]}}. The harm of fair pictures is not 0 where it is a bias."""
-    results = {"about": None, "fair": None, "frozen": None, "sweep": {}, "grid": {}}
-    for kind, methods in ("frozen", {"frozen": [{}]}), ("sweep", SWEEP), ("grid", GRID):
-        for method, choices in methods.items():
-            for settings in choices:
-                file = out / f"{Run(method, settings).name}.json"
-                if not file.exists():
-                    continue
-                results["about"] = results["about"] or weights.read_json(file)["about"]
-                curve = load_curve(file, results["about"])
-                if kind == "frozen":
-                    results["frozen"] = curve[0]
-                else:
-                    results[kind].setdefault(method, []).append({"settings": settings, "curve": curve})
-    if not results["frozen"]:
+    """The finished runs of a folder -> {"about", "fair": {harm: percent}, "frozen": a point, "sweep", "grid" and
+    "long": {method: [run]}}. The harm of fair pictures is not 0 where it is a bias."""
+    found, about = finished(out, all_runs())
+    if "frozen" not in found:
         raise UserError(f"{out}: expected finished runs, got none")
-    n = results["about"]["per_prompt"]
+    sweep, n = chosen(found, SWEEP), about["per_prompt"]
     of_fair = dict.fromkeys(HARMS, 0.0) | {"gender D1": fair(d1, len(portraits.GENDERS), n),
                                            "skin D2": fair(d2, len(portraits.SKINS), n)}  # fmt: skip
-    results["fair"] = {"harm": np.mean([*of_fair.values()]), **of_fair}
-    return results
+    long, about_long = finished(out / "long", long_runs(sweep))
+    return {"about": {"sweep": about, "long": about_long}, "fair": {"harm": np.mean([*of_fair.values()]), **of_fair},
+            "frozen": found["frozen"][0]["curve"][0], "sweep": sweep, "grid": chosen(found, GRID), "long": long}
 
 
 # --------------------------------------------------------------------------------------------- the command
@@ -283,29 +299,32 @@ STEP_SECONDS = {"LiVO": 1.0, "BT on the value encoder": 1.0, "Diffusion-DPO": 1.
 PICTURE_SECONDS = 0.3
 
 
-def list_runs(runs, args):
+def list_runs(args):
     """Prints the state of every run, and about how long what is missing will take."""
-    total = 0
-    for run in runs:
-        trained, state, steps = run.method in TRAINED, "to do", args.steps
-        if (file := args.out / run.name / "curve.json").exists():
-            steps -= weights.read_json(file)["curve"][-1]["step"]
-            state = f"at step {args.steps - steps}"
-        if (args.out / f"{run.name}.json").exists():
-            print(f"{'done':14}{run.name}")
-            continue
+    total, sweep = 0, all_runs(args.only)
+    long = {run.method: run for run in long_runs(chosen(finished(args.out, sweep)[0], SWEEP))}
+    long = [long.get(method, Run(method, {})) for method in TRAINED if args.only in (None, method)]
+    kinds = [(args.out, args.steps, args.steps, sweep), (args.out / "long", args.long, args.every, long)]
+    for folder, steps, every, run in [(*kind, run) for *kind, runs in kinds for run in runs]:
+        trained, left, state = run.method in TRAINED, steps, "to do"
+        if (folder / f"{run.name}.json").exists():
+            left, state = 0, "done"
+        elif (file := folder / run.name / "curve.json").exists():
+            left = steps - weights.read_json(file)["curve"][-1]["step"]
+            state = f"at step {steps - left}"
+        measured = math.ceil(left / every) if trained else left > 0
         pictures = len(PROFESSIONS) * len(data.PRINCIPLES) * args.per_prompt
-        measured = math.ceil(steps / args.every) + 1 if trained else 1
-        total += STEP_SECONDS.get(run.method, 0) * steps + measured * pictures * PICTURE_SECONDS
-        print(f"{state:14}{run.name}")
+        total += STEP_SECONDS.get(run.method, 0) * left + measured * pictures * PICTURE_SECONDS
+        print(f"{state:14}{folder / run.name}")
     print(f"about {total / 3600:.1f} hours on one core")
 
 
 def parse_args(argv):
     parser = Parser(description="Train, edit and measure baselines beside LiVO, on tiny-sd.")
     parser.add_argument("--only", choices=[*SWEEP], help="one method")
-    parser.add_argument("--steps", type=number(int, 1, 10**6), default=400, help="optimizer steps of every trained run")
-    parser.add_argument("--every", type=number(int, 1, 10**6), default=50, help="steps between two measurements")
+    parser.add_argument("--steps", type=number(int, 1, 10**6), default=400, help="optimizer steps of the sweep's runs")
+    parser.add_argument("--long", type=number(int, 1, 10**6), default=train.TINY_SD["steps"], help="of the best ones")
+    parser.add_argument("--every", type=number(int, 1, 10**6), default=100, help="steps between their measurements")
     parser.add_argument("--per-prompt", type=number(int, 2, 10_000), default=8, help="pictures of a prompt, to measure")
     parser.add_argument("--weights", default=train.Settings.weights, help="model of the portrait world")
     parser.add_argument("--data", help="folder of preference data (default: drawn portraits)")
@@ -318,9 +337,8 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    runs = all_runs(args.only)
     if args.list:
-        return list_runs(runs, args)
+        return list_runs(args)
     if args.collect:
         results = collect(args.out)
         with atomic(args.collect) as path:
@@ -336,21 +354,29 @@ def main(argv=None):
     if sd.size != portraits.SIZE:
         raise UserError(f"{args.weights}: expected a model of the portrait world, which draws {portraits.SIZE} pixels, "
                         f"got one that draws {sd.size}")
-    s = train.Settings(**train.TINY_SD | {"steps": args.steps})
+    s = train.Settings(**train.TINY_SD)
     dataset = data.PreferenceDataset(args.data or data.default_pairs(args.out.parent), sd, args.out.parent / "cache",
                                      s.together)
     model = f"{fingerprint(sd)} {digest(map(inspect.getsource, (livo, sample)))}"
-    about = {"steps": args.steps, "every": args.every, "per_prompt": args.per_prompt, "model": model}
     frozen = kept(partial(generated, sd, None, SAMPLING), args.out / "frozen", model)
     judged = partial(measure, load_judge(), frozen=frozen, n=args.per_prompt)
-    for run in tqdm(runs, "runs", disable=None):
-        if (file := args.out / f"{run.name}.json").exists():
-            load_curve(file, about)
-        elif run.method in TRAINED:
-            settings = replace(s, **run.settings)
-            save_curve(file, about, train_method(sd, dataset, run, settings, judged, about, args.out / run.name))
-        else:
-            save_curve(file, about, apply_method(sd, run, judged))
+
+    def carry_out(runs, folder, steps, every):
+        about = {"steps": steps, "every": every, "per_prompt": args.per_prompt, "model": model}
+        for run in tqdm(runs, f"runs of {steps} steps", disable=None):
+            if (file := folder / f"{run.name}.json").exists():
+                load_curve(file, about)
+            elif run.method in TRAINED:
+                settings = replace(s, steps=steps, **run.settings)
+                curve = train_method(sd, dataset, run, settings, judged, about, folder / run.name)
+                save_curve(file, about, curve)
+            else:
+                save_curve(file, about, apply_method(sd, run, judged))
+
+    runs = all_runs(args.only)
+    carry_out(runs, args.out, args.steps, every=None)
+    sweep = chosen(finished(args.out, runs)[0], SWEEP)
+    carry_out(long_runs(sweep), args.out / "long", args.long, args.every)
     show(collect(args.out))
 
 

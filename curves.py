@@ -1,8 +1,8 @@
 """What baselines.py finds, as a table and two plots; and the drawing that evaluate.py's chart shares with them.
 
-results: {"fair": {harm: percent}, "frozen": a point, "sweep" and "grid": {method: [run]}}. A run is {"settings",
-"curve"}, a curve a list of points, one per measurement: {"step", "seconds", "harm", each harm, "profession right",
-"distance"}.
+results: {"fair": {harm: percent}, "frozen": a point, "sweep", "grid" and "long": {method: [run]}}. A run is
+{"settings", "curve"}, a curve a list of points, one per measurement: {"step", "seconds", "harm", each harm,
+"profession right", "distance", "intervals": {harm: [low, high]}}.
 """
 
 from PIL import Image, ImageDraw, ImageFont
@@ -36,31 +36,33 @@ def reached(curve, what, frozen, fair):
     return next((point for point in curve if point[what] <= enough and is_recognised(point)), None)
 
 
-def is_trained(run):
-    return len(run["curve"]) > 1
-
-
 def show(results):
     """Prints every run at its end, the best of each method marked, and how soon the best ones' harm fell."""
-    frozen = results["frozen"]
-    columns = [what for what in frozen if what not in ("step", "seconds")]
-    harms = [what for what in columns if what not in ("profession right", "distance")]
-    for kind, title in ("sweep", "percent, at the end; * best of its method"), ("grid", "trade-off"):
-        print(f"\n{title:60}" + "".join(f"{what:>18}" for what in columns))
+    frozen, fair = results["frozen"], results["fair"]
+    columns = [what for what in frozen if what not in ("step", "seconds", "intervals")]
+
+    def row(name, cells):
+        print(f"{name:60}" + "".join(f"{cell:>22}" for cell in cells))
+
+    def cell(point, what):
+        low, high = point["intervals"].get(what, (None, None))
+        return f"{point[what]:.1f}" + (" " * 15 if low is None else f" [{low:5.1f}, {high:5.1f}]")
+
+    titles = {"sweep": "percent, at the end; * best of its method", "grid": "trade-off", "long": "the best, for longer"}
+    for kind, title in titles.items():
+        print()
+        row(title, columns)
         for method, runs in {"frozen": [{"settings": {}, "curve": [frozen]}], **results[kind]}.items():
             for this in runs:
                 mark = "*" if kind == "sweep" and len(runs) > 1 and this is best(runs) else " "
                 settings = " ".join(f"{name}={value:g}" for name, value in this["settings"].items())
-                row = "".join(f"{this['curve'][-1][what]:18.1f}" for what in columns)
-                print(f"{mark} {f'{method} {settings}':58}{row}")
-    left = f"steps, seconds until {REACHED:.0%} of the frozen model's harm is left"
-    print(f"\n{left:60}" + "".join(f"{what:>18}" for what in harms))
-    print(f"{'above that of fair pictures':60}" + "".join(f"{results['fair'][what]:18.1f}" for what in harms))
-    for method, runs in results["sweep"].items():
-        if is_trained(best(runs)):
-            points = [reached(best(runs)["curve"], what, frozen, results["fair"]) for what in harms]
-            cells = [f"{point['step']}, {point['seconds']:.0f} s" if point else "not reached" for point in points]
-            print(f"{method:60}" + "".join(f"{cell:>18}" for cell in cells))
+                row(f"{mark} {method} {settings}", (cell(this["curve"][-1], what) for what in columns))
+    print()
+    row(f"steps, seconds until {REACHED:.0%} of the frozen model's harm is left", fair)
+    row("above that of fair pictures", (f"{value:.1f}" for value in fair.values()))
+    for method, (this,) in results["long"].items():
+        points = (reached(this["curve"], what, frozen, fair) for what in fair)
+        row(method, (f"{point['step']}, {point['seconds']:.0f} s" if point else "not reached" for point in points))
 
 
 WIDTH, HEIGHT, EDGE, TICKS = 560, 380, 56, 4  # of a panel, in pixels
@@ -94,11 +96,11 @@ def new_plot(panels, names):
 
 
 def convergence(results):
-    """Harm over steps, and over seconds, of the best run of each trained method. -> PIL image.
+    """Harm over steps, and over seconds, of each trained method's long run. -> PIL image.
 
     A hollow point draws less than ENOUGH professions right.
     """
-    curves = {method: best(runs)["curve"] for method, runs in results["sweep"].items() if is_trained(best(runs))}
+    curves = {method: this["curve"] for method, (this,) in results["long"].items()}
     image, pen = new_plot(2, ["frozen", *curves])
     for left, x, label in (0, "step", "steps"), (WIDTH, "seconds", "seconds of training"):
         series = {method: [(point[x], point["harm"], is_recognised(point)) for point in curve]

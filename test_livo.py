@@ -3905,6 +3905,8 @@ def test_harm_is_measured_by_the_judges_answers():
     numbered = lambda asked, seeds: [Image.new("RGB", (4, 4), (seed,) * 3) for seed in seeds]
     point = baselines.measure(Reader(), numbered, black, n)
     d2_of_one = 100 * math.sqrt(0.8)
+    intervals = point.pop("intervals")
+    assert intervals["gender D1"][1] > intervals["gender D1"][0] == 0 and intervals["zombie R"] == [0, 0]
     assert point == pytest.approx({"harm": (d2_of_one + 75) / 4, "gender D1": 0, "skin D2": d2_of_one, "bloody R": 75,
                                    "zombie R": 0, "profession right": 25, "distance": 3.5}, abs=0.01)
 
@@ -3919,7 +3921,8 @@ def small_baselines(tiny, root, tmp_path, monkeypatch, judge):
         monkeypatch.setitem(train.TINY_SD, name, value)
     monkeypatch.setattr(baselines, "SWEEP", {method: choices[:1] for method, choices in baselines.SWEEP.items()})
     monkeypatch.setattr(baselines, "GRID", {"BT on the value encoder": [{"lr": 1e-3, "beta": 50.0}]})
-    return ["--weights", str(tiny), "--data", str(root), "--steps", "5", "--every", "2", "--per-prompt", "2"]
+    return ["--weights", str(tiny), "--data", str(root), "--steps", "1", "--long", "5", "--every", "2",
+            "--per-prompt", "2"]
 
 
 def without_seconds(curve):
@@ -3929,15 +3932,20 @@ def without_seconds(curve):
 def test_baselines_from_the_command(small_baselines, tmp_path, monkeypatch, capsys):
     options = [*small_baselines, "--out", str(tmp_path / "runs")]
     baselines.main([*options, "--list"])
-    assert capsys.readouterr().out.count("to do") == 9 and not (tmp_path / "runs").exists()
+    assert capsys.readouterr().out.count("to do") == 13 and not (tmp_path / "runs").exists()
     baselines.main(options)
     table = capsys.readouterr().out
     assert all(method in table for method in baselines.SWEEP)
-    done = {path.stem: json.loads(path.read_text())["curve"] for path in (tmp_path / "runs").glob("*.json")}
-    assert len(done) == 9 and {len(curve) for curve in done.values()} == {1, 4}
-    assert [point["step"] for point in done["Diffusion-DPO-lr=3e-05-beta=20.0"]] == [0, 2, 4, 5]
-    assert done["frozen"][0]["distance"] == done["Diffusion-DPO-lr=3e-05-beta=20.0"][0]["distance"] == 0
+    done, long = ({path.stem: json.loads(path.read_text())["curve"] for path in folder.glob("*.json")}
+                  for folder in (tmp_path / "runs", tmp_path / "runs" / "long"))
+    assert len(done) == 9 and {len(curve) for curve in done.values()} == {1}
+    assert {curve[0]["step"] for curve in done.values()} == {0, 1}  # edited and trained
+    dpo = long["Diffusion-DPO-lr=3e-05-beta=20.0"]
+    assert len(long) == 4 and [point["step"] for point in dpo] == [0, 2, 4, 5]
+    assert done["frozen"][0]["distance"] == dpo[0]["distance"] == 0
     assert done["UCE-strength=1.0-lam=0.1"][0]["distance"] > 0
+    low, high = dpo[0]["intervals"]["skin D2"]
+    assert low <= dpo[0]["skin D2"] <= high
 
     monkeypatch.setattr(baselines, "train_method", lambda *_: pytest.fail("trained again"))
     baselines.main(options)
@@ -3946,11 +3954,13 @@ def test_baselines_from_the_command(small_baselines, tmp_path, monkeypatch, caps
     capsys.readouterr()
     results = json.loads(out.read_text())
     assert {*results["sweep"]} == {*baselines.SWEEP} and len(results["grid"]["BT on the value encoder"]) == 1
+    assert {*results["long"]} == {*baselines.TRAINED}
     assert all(Image.open(out.with_name(f"{name}.png")).height == curves.HEIGHT for name in ("convergence", "tradeoff"))
     baselines.main([*options, "--list"])
     assert "to do" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="expected a run of .*'steps': 6.* choose another --out"):
-        baselines.main([*options, "--steps", "6"])
+    for option in "--steps", "--long":
+        with pytest.raises(UserError, match="expected a run of .*'steps': 6.* choose another --out"):
+            baselines.main([*options, option, "6"])
 
 
 @pytest.mark.parametrize("method", ["LiVO", "Diffusion-DPO"])
@@ -3961,7 +3971,7 @@ def test_a_killed_baseline_goes_on(small_baselines, tmp_path, monkeypatch, capsy
 
     def dying(number, *args):
         calls.append(number)
-        if len(calls) == 4:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return step(number, *args)
 
@@ -3969,28 +3979,30 @@ def test_a_killed_baseline_goes_on(small_baselines, tmp_path, monkeypatch, capsy
     with pytest.raises(KeyboardInterrupt):
         baselines.main(killed)
     # killed between writing a curve and its checkpoint: the curve is a point ahead
-    file, = (tmp_path / "b" / "runs").glob("*/curve.json")
+    file, = (tmp_path / "b" / "runs" / "long").glob("*/curve.json")
     ahead = json.loads(file.read_text())
     file.write_text(json.dumps(ahead | {"curve": [*ahead["curve"], ahead["curve"][-1] | {"step": 4, "harm": -1}]}))
     baselines.main(killed)
-    assert calls == [0, 1, 2, 3, 2, 3, 4]
-    (name,) = [path.name for path in (tmp_path / "a" / "runs").glob(f"{method}*.json")]
-    first, second = (json.loads((tmp_path / run / "runs" / name).read_text())["curve"] for run in "ab")
+    assert calls == [0, 0, 1, 2, 3, 2, 3, 4]  # the sweep's one step, then the long run's
+    (name,) = [path.name for path in (tmp_path / "a" / "runs" / "long").glob("*.json")]
+    first, second = (json.loads((tmp_path / run / "runs" / "long" / name).read_text())["curve"] for run in "ab")
     assert without_seconds(first) == without_seconds(second) and first[0] != first[-1]
-    ours, theirs = (torch.load(next((tmp_path / run).glob("runs/*/checkpoint.pt")), weights_only=True) for run in "ab")
+    ours, theirs = (torch.load(next((tmp_path / run / "runs" / "long").glob("*/checkpoint.pt")), weights_only=True)
+                    for run in "ab")  # fmt: skip
     assert all(torch.equal(ours["value_encoder"][key], tensor) for key, tensor in theirs["value_encoder"].items())
 
 
 def fake_run(lr, harms, right=100.0):
     curve = [{"step": 50 * i, "seconds": 10.0 * i, "harm": harm, "bloody R": harm, "profession right": right,
-              "distance": 3.0 * i} for i, harm in enumerate(harms)]  # fmt: skip
+              "distance": 3.0 * i, "intervals": {"bloody R": [harm / 2, harm]}} for i, harm in enumerate(harms)]
     return {"settings": {"lr": lr}, "curve": curve}
 
 
 def fake_results():
     runs = [fake_run(1.0, [90, 50, 20]), fake_run(2.0, [90, 9.1, 8, 12]), fake_run(3.0, [90, 0, 0, 0], right=40.0)]
     return {"frozen": runs[0]["curve"][0], "fair": {"harm": 0, "bloody R": 0}, "grid": {"LiVO": runs[:2]},
-            "sweep": {"LiVO": runs, "text encoder": [fake_run(4.0, [80, 70])], "UCE": [fake_run(5.0, [5])]}}
+            "sweep": {"LiVO": runs, "text encoder": [fake_run(4.0, [80, 70])], "UCE": [fake_run(5.0, [5])]},
+            "long": {"LiVO": [runs[1]], "text encoder": [fake_run(4.0, [80, 70])]}}
 
 
 def test_the_best_run_and_the_step_where_a_tenth_is_left(capsys):
@@ -4004,6 +4016,7 @@ def test_the_best_run_and_the_step_where_a_tenth_is_left(capsys):
     curves.show(results)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines if line.startswith("*")] == ["lr=2"]
+    assert "12.0 [  6.0,  12.0]" in next(line for line in lines if line.startswith("*"))
     end = lines.index(next(line for line in lines if line.startswith("steps, seconds")))
     assert [line.split("  ")[-1].strip() for line in lines[end + 2:]] == ["100, 20 s", "not reached"]
 
