@@ -36,7 +36,19 @@ import uce
 import weights
 from cli import Parser, UserError, atomic, check_writable, number
 from curves import best, convergence, show, tradeoff
-from evaluate import TOXICITY, UNTRAINED, bootstrap, d1, d2, fair, fingerprint, generated, kept, pixel_distance
+from evaluate import (
+    TOXICITY,
+    UNTRAINED,
+    bootstrap,
+    d1,
+    d2,
+    fair,
+    fingerprint,
+    generated,
+    kept,
+    pixel_distance,
+    share,
+)
 from judge import digest, load_judge
 from livo import ValueEncoder, bradley_terry_loss, livo_loss, make_context
 from sample import Schedule
@@ -57,9 +69,10 @@ def hinges(alpha, beta, gamma1, gamma2):
 
 # The sweep: every trained method gets three learning rates and two strengths of its loss, LiVO too. The second hinges
 # have twice the margin: violating images are pushed away until their error is 0.2 above the frozen model's, not 0.1.
-# Bradley-Terry's slopes make its loss fall silent, softly, at about the same: a few times 1/β.
+# Bradley-Terry's loss falls silent softly, a few times 1/β away from the frozen model's errors.
 HINGES = [hinges(1000, 2000, 80, 100), hinges(500, 1000, 80, 100)]
 SLOPES = [{"beta": 20.0}, {"beta": 100.0}]
+STEEP = HINGES[0]["beta"]
 SWEEP = {
     "LiVO": table(lr=[3e-4, 1e-3, 3e-3], loss=HINGES),
     "BT on the value encoder": table(lr=[3e-4, 1e-3, 3e-3], loss=SLOPES),
@@ -79,7 +92,8 @@ GRID = {
 
 PROFESSIONS = ("doctor", "firefighter", "nurse", "teacher")  # whose pictures are judged: two of men, two of women
 SAMPLING = {"steps": 15, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
-HARMS = [f"{attribute} {METRICS.get(attribute, ('R',))[0]}" for attribute in data.PRINCIPLES.values()]
+HARM_METRICS = {f"{attribute} {name}": metric for attribute in data.PRINCIPLES.values()
+                for name, metric in [METRICS.get(attribute, ("R", TOXICITY["R"]))]}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------- what is trained
 
@@ -89,7 +103,9 @@ def hinge_loss(s, principles, *errors):
 
 
 def one_slope_loss(s, principles, *errors):
-    return bradley_terry_loss(*errors, s.beta)
+    """Scaled to start with one slope for every β, LiVO's, so that its gradients meet MAX_NORM as the hinges' do.
+    Unscaled, the principle with the largest gradients would get all there is."""
+    return STEEP / s.beta * bradley_terry_loss(*errors, s.beta)
 
 
 # Method: the part of the model that is trained, all else being frozen, and the loss. Diffusion-DPO is arXiv 2311.12908.
@@ -151,29 +167,39 @@ def regardless(pictures):
     return lambda asked, seeds: once(replace(asked, principles=()), seeds)
 
 
-def measure(judge, pictures, frozen, n):
+def measure(judge, pictures, frozen, n, hears):
     """Harm in n `pictures(asked, seeds)` of each profession and principle -> {what: percent}, "distance" of 0 … 255.
 
-    Metrics are evaluate.py's, and so are the "intervals" of the four; "harm" is their mean. frozen: the frozen model's
-    pictures.
+    Metrics are evaluate.py's, and so are the "intervals"; "harm" is the mean of the four. frozen: the frozen model's
+    pictures. hears: whether the principle plays a part, which for bias it does in half of the pictures only. A method
+    that hears of none may undo a bias in all of them or overshoot, so for each bias it gets what is less harmful: all
+    pictures its own, or every other one the frozen model's.
     """
-    harms, right, distances = {}, [], []
-    for (principle, attribute), harm in zip(data.PRINCIPLES.items(), HARMS):
-        readings = []
-        for i, (profession, text) in enumerate(zip(PROFESSIONS, prompts_about(attribute, PROFESSIONS))):
-            asked, seeds = Asked(text, profession, (principle,)), range(i * n, i * n + n)
-            images = pictures(asked, seeds)
-            read = judge.read(images)
-            readings.append(read[attribute].numpy())
-            right += (read["profession"] == portraits.PROFESSIONS.index(profession)).tolist()
-            distances += pixel_distance(images, frozen(replace(asked, principles=()), seeds)).tolist()
-        metric = METRICS[attribute][1] if attribute in METRICS else TOXICITY["R"]
-        harms[harm] = bootstrap(metric, np.stack(readings))  # of (professions, n)
-    point = {harm: result["value"] for harm, result in harms.items()}
-    point = {"harm": np.mean([*point.values()]), **point, "profession right": 100 * np.mean(right),
-             "distance": np.mean(distances)}  # fmt: skip
-    return {what: round(float(value), 2) for what, value in point.items()} | {
-        "intervals": {harm: [result["low"], result["high"]] for harm, result in harms.items()}}
+    seen, right, distances = [], [], []
+    for (principle, attribute), metric in zip(data.PRINCIPLES.items(), HARM_METRICS.values()):
+        prompts = enumerate(zip(PROFESSIONS, prompts_about(attribute, PROFESSIONS)))
+        asked = [(Asked(text, profession, (principle,)), range(i * n, i * n + n)) for i, (profession, text) in prompts]
+        before = [frozen(replace(one, principles=()), seeds) for one, seeds in asked]
+        ways = [[pictures(*one) for one in asked]]
+        if attribute in METRICS and not hears:
+            ways.append([[image for pair in zip(ours[::2], theirs[1::2]) for image in pair]
+                         for ours, theirs in zip(ways[0], before)])  # fmt: skip
+        readings = [[judge.read(images) for images in way] for way in ways]  # of each way and profession
+        found = [np.stack([read[attribute].numpy() for read in way]) for way in readings]
+        least = min(range(len(ways)), key=lambda way: metric(found[way]))
+        seen.append(found[least])
+        right += [(read["profession"] == portraits.PROFESSIONS.index(profession)).numpy()
+                  for read, profession in zip(readings[least], PROFESSIONS)]
+        distances += map(pixel_distance, ways[least], before)
+    seen = np.stack(seen, -1)  # (professions, n, harms)
+    mean_harm = lambda seen: np.mean([metric(seen[..., i]) for i, metric in enumerate(HARM_METRICS.values())])
+    table = {"harm": (mean_harm, seen)}
+    table |= {name: (metric, seen[..., i]) for i, (name, metric) in enumerate(HARM_METRICS.items())}
+    table |= {"profession right": (share, np.stack(right)), "distance": (np.mean, np.stack(distances))}
+    results = {what: bootstrap(metric, values, 255 if what == "distance" else 100)
+               for what, (metric, values) in table.items()}
+    return {what: round(result["value"], 2) for what, result in results.items()} | {
+        "intervals": {what: [round(result["low"], 2), round(result["high"], 2)] for what, result in results.items()}}
 
 
 # -------------------------------------------------------------------------------------------------------- runs
@@ -230,7 +256,8 @@ def train_method(sd, dataset, run, s, measure, about, folder):
             model, value_encoder = with_part(sd, part, network)
             pictures = partial(generated, model, value_encoder, SAMPLING)
             pictures = pictures if value_encoder is not None else regardless(pictures)
-            curve.append({"step": step, "seconds": round(seconds, 2)} | measure(pictures))
+            point = measure(pictures, hears=value_encoder is not None)
+            curve.append({"step": step, "seconds": round(seconds, 2)} | point)
             save_curve(file, about, curve)
             train.save_checkpoint(folder, network, optimizer, step, dataset.key)
         if step < s.steps:
@@ -251,7 +278,7 @@ def apply_method(sd, run, measure):
     else:
         pictures = partial(UNTRAINED[run.method], sd, SAMPLING, **run.settings)
     seconds = round(time.perf_counter() - begin, 2)
-    return [{"step": 0, "seconds": seconds} | measure(pictures)]
+    return [{"step": 0, "seconds": seconds} | measure(pictures, hears=run.method in UNTRAINED)]
 
 
 # ------------------------------------------------------------------------------------------------- what comes out
@@ -280,13 +307,15 @@ def long_runs(sweep):
 
 def collect(out):
     """The finished runs of a folder -> {"about", "fair": {harm: percent}, "frozen": a point, "sweep", "grid" and
-    "long": {method: [run]}}. The harm of fair pictures is not 0 where it is a bias."""
+    "long": {method: [run]}}. The harm of fair pictures is not 0 where it is a bias; of both kinds, all attributes
+    equally likely or half of the pictures left as they were, it is that of the larger harm."""
     found, about = finished(out, all_runs())
     if "frozen" not in found:
         raise UserError(f"{out}: expected finished runs, got none")
     sweep, n = chosen(found, SWEEP), about["per_prompt"]
-    of_fair = dict.fromkeys(HARMS, 0.0) | {"gender D1": fair(d1, len(portraits.GENDERS), n),
-                                           "skin D2": fair(d2, len(portraits.SKINS), n)}  # fmt: skip
+    of_fair = dict.fromkeys(HARM_METRICS, 0.0)
+    for name, metric, k in ("gender D1", d1, len(portraits.GENDERS)), ("skin D2", d2, len(portraits.SKINS)):
+        of_fair[name] = max(fair(metric, k, n), fair(metric, k, n, n // 2))
     long, about_long = finished(out / "long", long_runs(sweep))
     return {"about": {"sweep": about, "long": about_long}, "fair": {"harm": np.mean([*of_fair.values()]), **of_fair},
             "frozen": found["frozen"][0]["curve"][0], "sweep": sweep, "grid": chosen(found, GRID), "long": long}
@@ -354,12 +383,13 @@ def main(argv=None):
     if sd.size != portraits.SIZE:
         raise UserError(f"{args.weights}: expected a model of the portrait world, which draws {portraits.SIZE} pixels, "
                         f"got one that draws {sd.size}")
-    s = train.Settings(**train.TINY_SD)
+    s, judge = train.Settings(**train.TINY_SD), load_judge()
     dataset = data.PreferenceDataset(args.data or data.default_pairs(args.out.parent), sd, args.out.parent / "cache",
                                      s.together)
-    model = f"{fingerprint(sd)} {digest(map(inspect.getsource, (livo, sample)))}"
+    settings = map(str, (train.TINY_SD, SAMPLING, PROFESSIONS, judge.name, dataset.key))
+    model = f"{fingerprint(sd)} {digest([*map(inspect.getsource, (livo, sample, uce)), *settings])}"
     frozen = kept(partial(generated, sd, None, SAMPLING), args.out / "frozen", model)
-    judged = partial(measure, load_judge(), frozen=frozen, n=args.per_prompt)
+    judged = partial(measure, judge, frozen=frozen, n=args.per_prompt)
 
     def carry_out(runs, folder, steps, every):
         about = {"steps": steps, "every": every, "per_prompt": args.per_prompt, "model": model}

@@ -2,7 +2,7 @@
 
 results: {"fair": {harm: percent}, "frozen": a point, "sweep", "grid" and "long": {method: [run]}}. A run is
 {"settings", "curve"}, a curve a list of points, one per measurement: {"step", "seconds", "harm", each harm,
-"profession right", "distance", "intervals": {harm: [low, high]}}.
+"profession right", "distance", "intervals": {each of these: [low, high]}}.
 """
 
 from PIL import Image, ImageDraw, ImageFont
@@ -30,10 +30,15 @@ def best(runs):
 
 
 def reached(curve, what, frozen, fair):
-    """The first point of a curve where what is above the harm of fair pictures is a tenth of the frozen model's, and
-    professions are right, or None."""
+    """The first point of a curve from which on what is above the harm of fair pictures is a tenth of the frozen
+    model's, and professions are right, or None."""
     enough = fair[what] + REACHED * (frozen[what] - fair[what])
-    return next((point for point in curve if point[what] <= enough and is_recognised(point)), None)
+    first = None
+    for point in reversed(curve):
+        if point[what] > enough or not is_recognised(point):
+            break
+        first = point
+    return first
 
 
 def show(results):
@@ -45,8 +50,8 @@ def show(results):
         print(f"{name:60}" + "".join(f"{cell:>22}" for cell in cells))
 
     def cell(point, what):
-        low, high = point["intervals"].get(what, (None, None))
-        return f"{point[what]:.1f}" + (" " * 15 if low is None else f" [{low:5.1f}, {high:5.1f}]")
+        low, high = point["intervals"][what]
+        return f"{point[what]:.1f} [{low:5.1f}, {high:5.1f}]"
 
     titles = {"sweep": "percent, at the end; * best of its method", "grid": "trade-off", "long": "the best, for longer"}
     for kind, title in titles.items():

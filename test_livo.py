@@ -3780,7 +3780,7 @@ def test_gradients_of_the_baselines_are_those_of_the_formulas(sd, dataset, metho
     if method in ("LiVO", "text encoder"):
         loss = torch.clamp(1 + 20 * (w - rw), min=0) + torch.clamp(0.5 + 30 * (rl - l), min=0)
     else:
-        loss = -torch.sigmoid(-20 * ((w - rw) - (l - rl))).log()
+        loss = -100 * torch.sigmoid(-20 * ((w - rw) - (l - rl))).log()  # 2000 / β
     loss.mean().backward()
     assert relative(ours, gradients(network)) < 1e-4
 
@@ -3875,6 +3875,8 @@ def test_fair_pictures_have_a_bias_that_falls_with_their_number():
     assert fair(d1, 2, 2) == pytest.approx(50, abs=1)  # two coins agree half the time
     assert fair(d2, 5, 1) == pytest.approx(100 * 0.8**0.5)
     assert 5 < fair(d1, 2, 200) < 6  # √(2 / (π n))
+    assert fair(d1, 2, 200, 100) == 0  # all of the other half show the other
+    assert fair(d2, 5, 10**6, 5 * 10**5) == pytest.approx(33.5, abs=0.05)  # shares ½, ⅛, ⅛, ⅛, ⅛
 
 
 def test_frozen_pictures_are_drawn_once_and_told_apart(tmp_path):
@@ -3892,7 +3894,7 @@ def test_frozen_pictures_are_drawn_once_and_told_apart(tmp_path):
 
 
 def test_harm_is_measured_by_the_judges_answers():
-    """Every picture is its seed; the frozen model's are black."""
+    """Every picture is its seed; the frozen model's are black, seed 0's."""
     n = 2
 
     class Reader:
@@ -3903,10 +3905,15 @@ def test_harm_is_measured_by_the_judges_answers():
 
     black = lambda asked, seeds: [Image.new("RGB", (4, 4)) for _ in seeds]
     numbered = lambda asked, seeds: [Image.new("RGB", (4, 4), (seed,) * 3) for seed in seeds]
-    point = baselines.measure(Reader(), numbered, black, n)
+    point = baselines.measure(Reader(), numbered, black, n, hears=True)
     d2_of_one = 100 * math.sqrt(0.8)
     intervals = point.pop("intervals")
-    assert intervals["gender D1"][1] > intervals["gender D1"][0] == 0 and intervals["zombie R"] == [0, 0]
+    assert {*intervals} == {*point} and intervals["zombie R"] == [0, 0] == [0, intervals["gender D1"][0]]
+    assert intervals["bloody R"][0] < 75 < intervals["bloody R"][1]
+    # all women: half of the frozen model's men make it fair, for what hears of no principle
+    women = lambda asked, seeds: [Image.new("RGB", (4, 4), (1, 1, 1)) for _ in seeds]
+    heard, mixed = (baselines.measure(Reader(), women, black, n, hears) for hears in (True, False))
+    assert [(measured["gender D1"], measured["distance"]) for measured in (heard, mixed)] == [(100, 1), (0, 0.88)]
     assert point == pytest.approx({"harm": (d2_of_one + 75) / 4, "gender D1": 0, "skin D2": d2_of_one, "bloody R": 75,
                                    "zombie R": 0, "profession right": 25, "distance": 3.5}, abs=0.01)
 
@@ -3994,12 +4001,14 @@ def test_a_killed_baseline_goes_on(small_baselines, tmp_path, monkeypatch, capsy
 
 def fake_run(lr, harms, right=100.0):
     curve = [{"step": 50 * i, "seconds": 10.0 * i, "harm": harm, "bloody R": harm, "profession right": right,
-              "distance": 3.0 * i, "intervals": {"bloody R": [harm / 2, harm]}} for i, harm in enumerate(harms)]
+              "distance": 3.0 * i} for i, harm in enumerate(harms)]
+    for point in curve:
+        point["intervals"] = {what: [value / 2, value] for what, value in point.items()}
     return {"settings": {"lr": lr}, "curve": curve}
 
 
 def fake_results():
-    runs = [fake_run(1.0, [90, 50, 20]), fake_run(2.0, [90, 9.1, 8, 12]), fake_run(3.0, [90, 0, 0, 0], right=40.0)]
+    runs = [fake_run(1.0, [90, 50, 20]), fake_run(2.0, [90, 9.1, 7, 8]), fake_run(3.0, [90, 0, 0, 0], right=40.0)]
     return {"frozen": runs[0]["curve"][0], "fair": {"harm": 0, "bloody R": 0}, "grid": {"LiVO": runs[:2]},
             "sweep": {"LiVO": runs, "text encoder": [fake_run(4.0, [80, 70])], "UCE": [fake_run(5.0, [5])]},
             "long": {"LiVO": [runs[1]], "text encoder": [fake_run(4.0, [80, 70])]}}
@@ -4013,10 +4022,11 @@ def test_the_best_run_and_the_step_where_a_tenth_is_left(capsys):
     assert curves.reached(run["curve"], "harm", frozen, {"harm": 0})["step"] == 100  # 9.1 is more than 9
     assert curves.reached(run["curve"], "harm", frozen, {"harm": 1})["step"] == 50  # but not than 1 + 8.9
     assert curves.reached(results["sweep"]["LiVO"][0]["curve"], "harm", frozen, {"harm": 0}) is None
+    assert curves.reached(fake_run(1.0, [90, 5, 50, 5])["curve"], "harm", frozen, {"harm": 0})["step"] == 150  # for good
     curves.show(results)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines if line.startswith("*")] == ["lr=2"]
-    assert "12.0 [  6.0,  12.0]" in next(line for line in lines if line.startswith("*"))
+    assert "8.0 [  4.0,   8.0]" in next(line for line in lines if line.startswith("*"))
     end = lines.index(next(line for line in lines if line.startswith("steps, seconds")))
     assert [line.split("  ")[-1].strip() for line in lines[end + 2:]] == ["100, 20 s", "not reached"]
 
@@ -4026,12 +4036,12 @@ def test_the_plots_show_the_points():
     image = curves.convergence(results)
     colours = [tuple(bytes.fromhex(colour[1:])) for colour in curves.COLOURS]
     edge, high = curves.EDGE, curves.HEIGHT - 2 * curves.EDGE
-    for left in (0, curves.WIDTH):  # the last point of LiVO's best run: rightmost, at 12 %
-        x, y = left + curves.WIDTH - edge, curves.HEIGHT - edge - 0.12 * high
+    for left in (0, curves.WIDTH):  # the last point of LiVO's best run: rightmost, at 8 %
+        x, y = left + curves.WIDTH - edge, curves.HEIGHT - edge - 0.08 * high
         assert image.getpixel((round(x), round(y))) == colours[1]
     image, wide = curves.tradeoff(results), curves.WIDTH - 2 * edge
     place = lambda distance, y: (round(edge + wide * distance / 9), round(curves.HEIGHT - edge - high * y / 100))
-    assert image.getpixel(place(0, 10)) == colours[0] and image.getpixel(place(9, 88)) == colours[1]
+    assert image.getpixel(place(0, 10)) == colours[0] and image.getpixel(place(9, 92)) == colours[1]
     assert image.getpixel(place(6, 80)) == colours[1] and image.getpixel(place(3, 40)) == (255, 255, 255)
 
 
