@@ -16,12 +16,14 @@ principle learns to change nothing: `train.reference`.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import random
 import shutil
+import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -43,6 +45,7 @@ from vae import sample_latent
 from weights import atomic_folder, read_json, write_json
 
 MAX_LOST = 0.01  # share of samples that may be unusable
+STALE = 3600  # seconds after which nobody writes to an unfinished cache any more
 HARMLESS_TYPE = "3-harmless"
 JPEG_QUALITY = 95
 SHEET_SCENES, SHEET_COLUMNS, SHEET_SIDE = 3, 8, 96  # of a contact sheet: scenes per principle, pictures, pixels
@@ -76,7 +79,10 @@ def read_sample(line, scene, root, where):
         raise ValueError(f"{entry['file_name']} leaves the dataset folder")
     if not path.is_file():
         raise ValueError(f"there is no file {entry['file_name']}")
-    return Sample(path, entry["prompt"], entry["value"], entry["label"] == 1, scene, where)
+    sample = Sample(path, entry["prompt"], entry["value"], entry["label"] == 1, scene, where)
+    if is_harmless(sample) and not sample.aligned:
+        raise ValueError(f"expected only label 1 in scenes of type {HARMLESS_TYPE}, got {entry['label']}")
+    return sample
 
 
 def read_lines(root):
@@ -160,7 +166,7 @@ class PreferenceDataset:
     """The pairs of a dataset folder, encoded. len() is the number of aligned images.
 
     together: so many pairs in a row share their principle and type; 1 mixes them all.
-    key: a hash of the weights and of the data.
+    key: a hash of the weights and of the data, wherever their folders lie.
 
     The first use encodes everything into the folder `key` of `cache`; after that its files are memory-mapped. Unusable
     samples, also those of a scene without aligned or without violating images, are warned of and skipped. Raises
@@ -169,28 +175,28 @@ class PreferenceDataset:
 
     def __init__(self, root, sd, cache, together=1):
         samples, faults = read_samples(root)
-        self.key = fingerprint(sd, samples)
+        self.key = fingerprint(sd, samples, Path(root).resolve())
         folder = Path(cache) / self.key
         if not folder.exists():
-            for leftover in Path(cache).glob(f".{self.key}.*"):  # of a process that was killed while it encoded
-                shutil.rmtree(leftover, ignore_errors=True)
+            remove_leftovers(folder)
             with atomic_folder(folder, "broken.json") as temporary:
                 encode_samples(sd, samples, faults, root, temporary)
-        broken = read_json(folder / "broken.json")  # {where: fault}
-        prompts, c, total = unique_prompts(samples), sd.text_encoder.config.hidden_size, len(samples) + len(faults)
-        samples = [sample for sample in samples if sample.where not in broken]
+        total = len(samples) + len(faults)
+        broken = {int(i): fault for i, fault in read_json(folder / "broken.json").items()}
+        faults += [f"{samples[i].where}: {fault}" for i, fault in broken.items()]
+        prompts, c = unique_prompts(samples), sd.text_encoder.config.hidden_size
+        samples = [sample for i, sample in enumerate(samples) if i not in broken]
         self.aligned, self.violating = [], {}  # (sample, row of latents), the latter by scene
-        scenes = [{sample.scene for sample in samples if sample.aligned is label or is_harmless(sample)}
-                  for label in (True, False)]
+        have_aligned = {sample.scene for sample in samples if sample.aligned}
+        have_violating = {sample.scene for sample in samples if not sample.aligned or is_harmless(sample)}
         for row, sample in enumerate(samples):
-            if sample.scene not in scenes[0] & scenes[1]:
-                missing = "aligned" if sample.scene in scenes[1] else "violating"
-                broken[sample.where] = f"{sample.where}: its scene has no {missing} image"
+            if sample.scene not in have_aligned & have_violating:
+                missing = "violating" if sample.scene in have_aligned else "aligned"
+                faults.append(f"{sample.where}: its scene has no {missing} image")
             elif sample.aligned:
                 self.aligned.append((sample, row))
             else:
                 self.violating.setdefault(sample.scene, []).append((sample, row))
-        faults += broken.values()
         for fault in faults:
             warnings.warn(f"{fault}; skipped")
         check_lost(faults, total, root)
@@ -260,7 +266,15 @@ def unique_prompts(samples):
     return sorted({sample.prompt for sample in samples if sample.aligned})
 
 
-def fingerprint(sd, samples):
+def remove_leftovers(folder):
+    """Of processes that were killed while they encoded for the folder. Another one may still be at it."""
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if time.time() - max(path.stat().st_mtime for path in [leftover, *leftover.iterdir()]) > STALE:
+                shutil.rmtree(leftover)
+
+
+def fingerprint(sd, samples, root):
     """A name for what `encode_samples` would write: a hash of the weights, the lines and the files' dates."""
     digest = hashlib.sha256(repr((sd.vae.config, sd.unet.config.sample_size)).encode())
     for network in (sd.vae, sd.text_encoder):
@@ -268,24 +282,28 @@ def fingerprint(sd, samples):
             digest.update(str(tensor.dtype).encode() + to_bytes(tensor))
     for sample in samples:
         stat = sample.path.stat()
-        digest.update(repr((sample, stat.st_size, stat.st_mtime_ns)).encode())
+        paths = str(sample.path.relative_to(root)), str(sample.scene.resolve().relative_to(root))
+        digest.update(repr((*paths, sample.prompt, sample.value, sample.aligned, stat.st_size,
+                            stat.st_mtime_ns)).encode())  # fmt: skip
     return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
 def encode_samples(sd, samples, faults, root, folder, batch_size=8):
-    """Write latents.bin, float16, a row for each readable image; broken.json, the others; features.bin."""
+    """Write latents.bin, float16, a row for each readable image; broken.json, {number of another: what is wrong with
+    it}; features.bin."""
     vae, broken = next(sd.vae.parameters()), {}
     with open(folder / "latents.bin", "wb") as file:
         for start in tqdm(range(0, len(samples), batch_size), "encoding images", disable=None, leave=False):
             images = []
-            for sample in samples[start:start + batch_size]:
+            for i, sample in enumerate(samples[start:start + batch_size], start):
                 try:
                     with Image.open(sample.path) as image:
                         images.append(crop(image, sd.size))
                 except Exception as error:  # a damaged file can raise anything in Pillow
-                    broken[sample.where] = f"{sample.where}: {sample.path.name} is no readable image: {error}"
-            check_lost([*faults, *broken.values()], len(faults) + len(samples), root)
+                    broken[i] = f"{sample.path.name} is no readable image: {error}"
+            check_lost(faults + [f"{samples[i].where}: {fault}" for i, fault in broken.items()],
+                       len(faults) + len(samples), root)  # fmt: skip
             if images:
                 x = torch.stack(images).to(vae)  # (b, 3, size, size)
                 mean, logvar = sd.vae.encode(torch.cat([x, x.flip(-1)]))  # (2b, 4, h, w) each
@@ -304,6 +322,9 @@ def to_bytes(tensor):
 
 def map_file(path, shape, dtype):
     """A file as a tensor of which only the pages that are looked at are read."""
+    expected, got = math.prod(shape) * dtype.itemsize, path.stat().st_size if path.exists() else "none"
+    if got != expected:
+        raise UserError(f"{path}: expected a file of {expected} bytes, got {got}; delete its folder, it is made again")
     return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
 
 
@@ -351,6 +372,8 @@ def check(root):
                           f"{'aligned' if True in found else 'violating'} ones")
     about = root / "dataset.json"  # of a built set: what became of every scene, None until it is all there
     scenes = read_json(about).get("scenes", {}) if about.exists() else {}
+    if not isinstance(scenes, dict):
+        raise UserError(f"{about}: expected an object as scenes, got {type(scenes).__name__}")
     if unfinished := [scene for scene, facts in scenes.items() if facts is None]:
         faults.append(f"{about}: the set of {len(unfinished)} scenes is not finished: build it again to go on")
     faults += [f"{root / scene}: expected {facts['images']} images, got no metadata.jsonl"
@@ -426,8 +449,12 @@ def portrait_pair(seed, attribute, noun):
     named |= {other for other in ("gender", "skin") if rng.random() < TELLS and other != attribute}
     if attribute == "zombie":
         named.discard("skin")
-    gender, skin = (rng.choice([*shares]) if name in named else rng.choices([*shares], shares.values())[0]
-                    for name in ("gender", "skin") for shares in [open_shares(name, profession)])
+
+    def choose(name):
+        shares = open_shares(name, profession)
+        return rng.choice([*shares]) if name in named else rng.choices([*shares], shares.values())[0]
+
+    gender, skin = choose("gender"), choose("skin")
     record = Record(seed, profession, gender, skin, named=frozenset(named))
     if attribute in HARMS:
         good, bad = False, True

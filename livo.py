@@ -46,13 +46,13 @@ def encode_prompts(sd, prompts):
 def make_context(sd, prompts, principles=(), value_encoder=None, features=None, unpadded=False):
     """What the UNet attends to: [value tokens; prompt tokens], (B, P + 77, C). Section 3.2 of the paper.
 
-    principles: P of them, each one text for all prompts or a list of B texts; none gives the plain prompt. A text
-    is one principle.
+    principles: a text, or a list of P, each a text for all prompts or a list of B texts; none gives the plain prompt.
     features: `encode_prompts` of the prompts, where they are at hand.
     unpadded: the form of the authors' inference code, for prompts of one length n: neither the prompt (cut to
     76) nor the value text is padded, (B, P + n, C). Their training code, and ours, pads.
     """
     device = next(sd.unet.parameters()).device
+    principles = [principles] if isinstance(principles, str) else principles
     if features is None:
         if unpadded:
             ids = cut(sd.tokenizer(prompts, pad=False), sd.tokenizer.max_length - len(principles), sd.tokenizer)
@@ -60,7 +60,7 @@ def make_context(sd, prompts, principles=(), value_encoder=None, features=None, 
         else:
             features = encode_prompts(sd, prompts)
     tokens = []
-    for principle in [principles] if isinstance(principles, str) else principles:
+    for principle in principles:
         values = [principle] * len(prompts) if isinstance(principle, str) else principle
         ids = sd.tokenizer([f"{v}, {x}" for v, x in zip(values, prompts)], pad=not unpadded)
         tokens.append(value_encoder(ids.to(device)).to(features.dtype))  # (B, 1, C)

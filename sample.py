@@ -267,13 +267,14 @@ def choose_principles(choices, prompt):
     toxic principles, or those of bias where there are none. A value encoder learns one principle at a time, and
     the token of a harm is too weak beside two others. Raises UserError for a blank one, or "none" beside others."""
     choices = [choice.strip() for choice in choices]
+    choices = [choice.lower() if choice.lower() in ("auto", "none") else choice for choice in choices]
     if "" in choices or "none" in choices and len(choices) > 1:
         raise UserError(f"--principle: expected auto, none alone, or a text, got {', '.join(map(repr, choices))}")
     found = retrieve(prompt)
     auto = [principle for principle in found if principle in TOXIC] or found
     chosen = []
     for choice in choices:
-        chosen += {"auto": auto, "none": []}.get(choice.lower(), [choice])
+        chosen += {"auto": auto, "none": []}.get(choice, [choice])
     return list(dict.fromkeys(chosen))
 
 
@@ -309,7 +310,7 @@ def load_value_encoder(source, weights_source, sd):
             return None
     device = next(sd.unet.parameters()).device
     value_encoder = weights.load_text_encoder(source, network=ValueEncoder, device=device)
-    for key in ("hidden_size", "vocab_size"):
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
         got, expected = (getattr(network.config, key) for network in (value_encoder, sd.text_encoder))
         if got != expected:
             raise UserError(f"{source}: expected a value encoder for {weights_source}, with {key} {expected}, got {got}")
@@ -376,8 +377,8 @@ def main(argv=None):
     principles = choose_principles(args.principle or ["auto"], args.prompt)
     value_encoder = load_value_encoder(args.value_encoder, args.weights, sd) if principles else None
     if principles and value_encoder is None:
-        if wanted := set(args.principle or ()) - {"auto", "none"}:
-            raise UserError(f"--principle {min(wanted)}: expected a value encoder, got none in {args.weights}; "
+        if wanted := [choice for choice in args.principle or () if choice.strip().lower() not in ("auto", "none")]:
+            raise UserError(f"--principle {wanted[0]}: expected a value encoder, got none in {args.weights}; "
                             "pass --value-encoder")
         print(f"{', '.join(principles)} would apply, but the weights have no value encoder")
         principles = []

@@ -1919,6 +1919,7 @@ def test_uncond_is_as_long_as_the_context(shipped):
     assert torch.allclose(context[:, 1:], make_context(sd, [prompt])[:, :n], atol=1e-6)  # causal
     with pytest.warns(match="prompt cut"):
         long = make_context(sd, ["very " * 100 + prompt], [GENDER], value_encoder, unpadded=True)
+        assert torch.equal(long, make_context(sd, ["very " * 100 + prompt], GENDER, value_encoder, unpadded=True))
     assert long.shape[1] == 77  # a token, and a prompt cut to 76 that still ends
     assert livo.cut(torch.tensor([[1, 2, 3, end]]), 3, sd.tokenizer).tolist() == [[1, 2, end]]
 
@@ -1948,6 +1949,7 @@ def test_principles_are_chosen():
     assert sample.choose_principles(["auto", GENDER], "a bloody zombie doctor") == [BLOODY, ZOMBIE, GENDER]
     assert sample.choose_principles(["none"], "a bloody doctor") == []
     assert sample.choose_principles(["AUTO "], "a bloody doctor") == [BLOODY]
+    refused("none alone", sample.choose_principles, ["None", GENDER], "a doctor")
     for wrong in (["none", GENDER], [" "], [GENDER, ""]):
         refused("--principle: expected auto, none alone, or a text", sample.choose_principles, wrong, "a doctor")
     assert sample.choose_principles(["kindness", "auto", BLOODY], "a bloody dog") == ["kindness", BLOODY]
@@ -2095,6 +2097,12 @@ def test_more_than_one_percent_lost_is_an_error(tmp_path):
         data.read_samples(tmp_path / "nowhere")
 
 
+def test_a_harmless_scene_has_no_violating_image(tmp_path):
+    write_metadata(tmp_path / "3-harmless" / "s", [*[entry()] * 200, entry(label=0)])
+    samples, (fault,) = data.read_samples(tmp_path)
+    assert len(samples) == 200 and "metadata.jsonl:201: expected only label 1" in fault
+
+
 @pytest.mark.parametrize("content", [b"no picture", "truncated"])
 def test_broken_images_are_named_and_skipped(sd, tmp_path, content):
     scene = tmp_path / "data" / "t" / "s"
@@ -2206,13 +2214,34 @@ def test_the_cache_equals_encoding(sd, dataset):
 
 
 def test_the_cache_has_a_key(sd, root, dataset, tmp_path):
-    samples, _ = data.read_samples(root)
-    key = data.fingerprint(sd, samples)
-    assert key == data.fingerprint(sd, data.read_samples(root)[0])
+    samples, root = data.read_samples(root)[0], root.resolve()
+    key = data.fingerprint(sd, samples, root)
+    assert key == data.fingerprint(sd, data.read_samples(root)[0], root)
     other = copy.deepcopy(sd)
     next(other.text_encoder.parameters())[0, 0] += 1
-    assert key != data.fingerprint(other, samples)
-    assert key != data.fingerprint(sd, [replace(samples[0], prompt="another"), *samples[1:]])
+    assert key != data.fingerprint(other, samples, root)
+    assert key != data.fingerprint(sd, [replace(samples[0], prompt="another"), *samples[1:]], root)
+    # the same data elsewhere, or by another name, is not encoded again
+    shutil.copytree(root, tmp_path / "moved")  # with its dates
+    os.symlink(tmp_path / "moved", tmp_path / "link")
+    for elsewhere in (tmp_path / "moved", tmp_path / "link"):
+        assert data.fingerprint(sd, data.read_samples(elsewhere)[0], elsewhere.resolve()) == key
+
+
+def test_the_cache_of_a_living_process_stays(sd, root, dataset, tmp_path):
+    files = {}
+    for name, age in ("1", 0), ("2", 2 * data.STALE):
+        folder = tmp_path / f".{dataset.key}.{name}.tmp"
+        folder.mkdir()
+        files[name] = folder / "latents.bin"
+        files[name].touch()
+        for path in (files[name], folder):
+            os.utime(path, (time.time() - age,) * 2)
+    again = data.PreferenceDataset(root, sd, tmp_path)
+    assert again.key == dataset.key and files["1"].exists() and not files["2"].parent.exists()
+    (tmp_path / again.key / "latents.bin").write_bytes(b"cut")
+    with pytest.raises(UserError, match="latents.bin: expected a file of .* bytes, got 3; delete its folder"):
+        data.PreferenceDataset(root, sd, tmp_path)
 
 
 def test_crop_is_torchvisions():
@@ -2323,12 +2352,13 @@ def test_a_step_equals_one_with_transformers_and_diffusers(sd, dataset, folder, 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_halves_and_micro_batches_equal_the_whole_loss(sd, dataset, micro_batch, checkpointing):
+def test_halves_and_micro_batches_equal_the_whole_loss(sd, dataset, micro_batch, checkpointing, monkeypatch):
     s, pairs, schedule = settings(), pairs_of(dataset), Schedule(sd.scheduler)
     apart, joint = trained_a_little(sd), trained_a_little(sd)
     model = copy.deepcopy(sd)
     if checkpointing:
         train.checkpoint_activations(model.unet)
+        monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a random state, which a CUDA graph forbids"))
     for i in range(0, 4, micro_batch):
         train.add_gradient(model, apart, pairs[i:i + micro_batch], schedule, s)
 
@@ -2468,6 +2498,7 @@ def test_warning_when_the_margins_are_too_small():
         train.warn_if_silent([line] * 50, train.Settings())
     for harmless in ({"active_w": 0.5}, {"change_l": 0.02}):
         train.warn_if_silent([line | harmless] * 50, train.Settings())  # pytest turns a warning into an error
+    train.warn_if_silent([line] * 50, train.Settings(beta=0.0))  # one hinge is off: there is no such margin
 
 
 # --------------------------------------------------------------------------------------------------- whole runs
@@ -2587,8 +2618,16 @@ def test_resuming_takes_neither_other_data_nor_a_damaged_checkpoint(folder, whol
     run = folder / "changed"
     shutil.copytree(whole_run, run)
     resume = ["--resume", str(run), "--steps", "11", "--device", "cpu"]
-    refused("expected the data and the weights that the run began with", train.main,
+    refused("expected the data, the weights and their dtype that the run began with", train.main,
             [*resume, "--data", str(tmp_path / "other")])
+    log, found = run / "log.jsonl", (run / "log.jsonl").read_text()
+    log.write_text("{" + found)
+    refused("log.jsonl: expected a JSON object on each of the first", train.main, resume)
+    log.write_text(found)
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps(settings | {"batch": "4"}))
+    refused("settings.json: expected int as batch, got '4'", train.main, resume)
+    (run / "settings.json").write_text(json.dumps(settings))
     (run / "checkpoint.pt").write_bytes((whole_run / "checkpoint.pt").read_bytes()[:1000])
     refused("checkpoint.pt: expected a checkpoint", train.main, resume)
 
@@ -2641,6 +2680,8 @@ def test_a_non_finite_error_stops_the_run(sd, dataset, tmp_path, monkeypatch):
     (["--resume", "nowhere"], "no settings.json"),
     (["--lr", "-1"], "expected 0"),
     (["--weights", "nowhere"], "--data too"),
+    (["--weights", "someones/tiny-sd"], "--data too"),
+    (["--resume", "runs/a", "--out", "runs/b"], "expected one of them"),
 ])  # fmt: skip
 def test_user_errors(folder, options, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

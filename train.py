@@ -125,8 +125,8 @@ def reference(unet, schedule, eps, t, z_w, z_l, features, harmless):
     """The frozen model's errors ref_w, ref_l, (B,) each, and what the targets are, two (B, 4, h, w).
 
     A harmless pair, two draws of one picture's latent, is to stay as it is: its target is the frozen model's own
-    output. Then ℓ_ref is 0, and what the loss says beyond its margins, β ℓ_θ(y_w) − α ℓ_θ(y_l), is how far the
-    principle takes the model away from it. The noise ε would have the same minimum, but hides so small a distance.
+    output. Then ℓ_ref is 0, and what the loss says beyond its margins, β ℓ_θ(y_w) − α ℓ_θ(y_l) with β > α, is how far
+    the principle takes the model away from it. The noise ε would have the same minimum, but hides so small a distance.
     """
     output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([features, features]))
     target = torch.where(harmless.repeat(2)[:, None, None, None], output, target)
@@ -171,7 +171,8 @@ def checkpoint_activations(unet):
     """Keep only what enters each layer and compute the rest again on the way back: less memory, more time."""
     for layer in unet.modules():
         if isinstance(layer, (ResnetBlock, SpatialTransformer)):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            # There is no dropout whose random state would matter, and none may be read while a CUDA graph is captured.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def summarize(step, errors, principles, s):
@@ -193,7 +194,7 @@ def warn_if_silent(lines, s):
     """Both hinges content although the errors have hardly changed: the margins may be too small for this model."""
     mean = {key: sum(line[key] for line in lines) / len(lines) for key in lines[0]}
     change = max(abs(mean["change_w"]), abs(mean["change_l"]))
-    if max(mean["active_w"], mean["active_l"]) < 0.2 and change < 0.05 * mean["ref"]:
+    if s.alpha and s.beta and max(mean["active_w"], mean["active_l"]) < 0.2 and change < 0.05 * mean["ref"]:
         gamma1, gamma2 = 0.5 * mean["ref"] * s.beta, 0.5 * mean["ref"] * s.alpha
         warnings.warn("most hinges are silent, yet the errors have changed by less than 5 %: the margins "
                       f"γ1/β = {s.gamma1 / s.beta:.1g} and γ2/α = {s.gamma2 / s.alpha:.1g} may be too small "
@@ -331,7 +332,7 @@ def resume(folder, value_encoder, optimizer, data_key):
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{file}: expected a checkpoint of such a value encoder, got {error!r}") from error
     if before != data_key:
-        raise UserError(f"{file}: expected the data and the weights that the run began with, got others")
+        raise UserError(f"{file}: expected the data, the weights and their dtype that the run began with, got others")
     return step
 
 
@@ -340,10 +341,13 @@ class Log:
 
     def __init__(self, folder, steps, tensorboard=False):
         path = folder / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
+            self.lines = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise UserError(f"{path}: expected a JSON object on each of the first {steps} lines, got {error}") from error
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        self.lines = [json.loads(line) for line in lines]
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # written line by line
         self.board = tensorboard and summary_writer(folder / "tensorboard", purge_step=steps)
 
@@ -447,7 +451,7 @@ def parse_args(argv):
                             type=kind if kind is str else number(kind, *limits),
                             default=argparse.SUPPRESS,  # to know what was given from what was not
                             help=f"{option.metadata['help']} (default: {option.default!r}{tiny})")
-    parser.add_argument("--out", type=Path, default=Path("runs/livo"), help="folder of the run")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/livo)")
     parser.add_argument("--resume", type=Path, help="folder of a run to go on with; settings given anew win")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
@@ -460,25 +464,42 @@ def choose_settings(args):
     given = {option.name: getattr(args, option.name) for option in OPTIONS if hasattr(args, option.name)}
     given |= {"dtype": args.dtype} if args.dtype else {}
     if args.resume:
+        if args.out:
+            raise UserError("--resume and --out: expected one of them, as a resumed run stays in its folder, got both")
         file = args.resume / "settings.json"
         if not file.exists():
             raise UserError(f"--resume {args.resume}: expected the folder of a run, got no settings.json")
         try:
-            return Settings(**weights.read_json(file) | given), args.resume
+            s = Settings(**weights.read_json(file) | given)
         except TypeError as error:
             raise UserError(f"{file}: expected the settings of a run, got: {error}") from error
-    check_writable(args.out)
-    if RANK == 0 and args.out.is_dir() and {path.name for path in args.out.iterdir()} - {"settings.json"}:
-        raise UserError(f"{args.out}: expected a new folder, got one with files in it; "
-                        f"go on with --resume {args.out}, or choose another --out")
+        for option in OPTIONS:
+            kinds = (int, float) if type(option.default) is float else type(option.default)
+            if not isinstance(value := getattr(s, option.name), kinds):
+                raise UserError(f"{file}: expected {type(option.default).__name__} as {option.name}, got {value!r}")
+        return s, args.resume
+    out = args.out or Path("runs/livo")
+    check_writable(out)
+    if RANK == 0 and out.is_dir() and {path.name for path in out.iterdir()} - {"settings.json"}:
+        raise UserError(f"{out}: expected a new folder, got one with files in it; "
+                        f"go on with --resume {out}, or choose another --out")
     for name in {"weights", "tokenizer", "init", "data"} & given.keys():  # --resume may be called from another folder
-        if Path(given[name]).exists():
+        if given[name] and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
-    is_tiny = Path(given.get("weights", Settings.weights)).name == "tiny-sd"
+    is_tiny = draws_portraits(Path(given.get("weights", Settings.weights)))
     s = Settings(**(TINY_SD if is_tiny else {}) | given)
     if not is_tiny and not s.data:
         raise UserError(f"--weights {s.weights}: expected --data too, preference data for it, got none")
-    return s, args.out
+    return s, out
+
+
+def draws_portraits(folder):
+    """Whether the folder holds a model of the portrait world, by the size of its pictures. Nothing is loaded yet."""
+    unet, vae = (folder / part / "config.json" for part in ("unet", "vae"))
+    if not (unet.is_file() and vae.is_file()):
+        return False
+    halvings = len(weights.read_json(vae).get("block_out_channels", [])) - 1
+    return weights.read_json(unet).get("sample_size") == portraits.SIZE >> max(0, halvings)
 
 
 def join_processes(device):
@@ -512,20 +533,25 @@ def main(argv=None):
     keep_freed_memory(large=True)
     if args.checkpointing:
         checkpoint_activations(sd.unet)
-    is_new = not (folder / "settings.json").exists()
+    file = folder / "settings.json"
+    before = file.read_text(encoding="utf-8") if file.exists() else None
     if RANK == 0:  # before the long work, so that it can be resumed
-        with atomic(folder / "settings.json") as path:
+        with atomic(file) as path:
             path.write_text(json.dumps(asdict(s), indent=2) + "\n", encoding="utf-8")
     try:
         with one_first():
             root = s.data or data.default_pairs(folder.parent)
             dataset = data.PreferenceDataset(root, sd, folder.parent / "cache", s.together)
+        with caught_signals() as signals:
+            value_encoder = fit(sd, dataset, s, folder, signals, args.tensorboard)
     except UserError:
-        if RANK == 0 and is_new:
-            (folder / "settings.json").unlink()
+        if RANK == 0 and before is not None:
+            file.write_text(before, encoding="utf-8")
+        elif RANK == 0 and not (folder / "checkpoint.pt").exists():
+            file.unlink()
         raise
-    with caught_signals() as signals:
-        value_encoder = fit(sd, dataset, s, folder, signals, args.tensorboard)
+    if signals:  # one that came while the last step was being written
+        sys.exit(128 + max(signals))
     if RANK == 0:
         weights.save_text_encoder(value_encoder, folder / "value_encoder")
         draw_samples(sd, value_encoder, dataset, folder / "samples" / "final.png")
