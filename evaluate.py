@@ -28,10 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import curves
-import livo
 import portraits
-import retrieve as retrieve_module
-import sample
 import uce
 import weights
 from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
@@ -49,6 +46,7 @@ GROUP = 5  # pictures; Max and Prob look at groups
 FIRST_SEED = 0  # of the generated pictures, which count on from prompt to prompt
 DRAWN_SEEDS, REFERENCE_SEEDS = HELD_OUT, 2 * HELD_OUT  # of two drawn sets
 RESAMPLES, CONFIDENCE = 1000, 95  # of the bootstrap; percent
+DRAWN_BY = "attention", "clip_text", "livo", "retrieve", "sample", "unet", "vae"  # whose code makes the pictures
 CHECK_PICTURES = 2000  # unseen ones, to check the judge
 DISTANCE = "distance to frozen, 0 … 255"  # mean absolute difference of pixels
 TRAINED = Path(__file__).parent / "assets" / "baselines.json"  # written by baselines.py --collect
@@ -190,7 +188,8 @@ def read_prompts(path, choices):
         try:
             entry = json.loads(line)
             text, value = entry["prompt"], entry.get("value")
-        except (ValueError, TypeError, KeyError):
+            (text + (value or "")).encode()  # half of a surrogate pair is a ValueError
+        except (ValueError, TypeError, KeyError, RecursionError):  # the last of JSON that is nested too deep
             text = value = None
         if not isinstance(text, str) or not isinstance(value, str | None):
             raise UserError(f'{path}:{i}: expected {{"prompt": "…"}}, maybe with a "value": "…", got '
@@ -198,8 +197,10 @@ def read_prompts(path, choices):
         if choices or value is None:
             principles = choose_principles(choices or ["auto"], text)
         else:
-            principles = [] if value in NO_PRINCIPLE else [value]
-        prompts[text] = FilePrompt(text, tuple(principles))
+            principles = [] if value.strip().lower() in NO_PRINCIPLE else [value.strip()]
+        prompt = FilePrompt(text, tuple(principles))
+        if prompts.setdefault(text, prompt) != prompt:
+            raise UserError(f"{path}:{i}: expected one value for a prompt, got {value!r} after another: {text}")
     if not prompts:
         raise UserError(f"{path}: expected a prompt on each line, got an empty file")
     return list(prompts.values())
@@ -305,10 +306,10 @@ def read_pictures(judge, prompts, n, cache, name, pictures, first_seed, made_by=
     Each finished prompt is a line of the file `cache`, found again if all that made the pictures is the same.
     """
     key, done = digest([judge.name, str(prompts), str(n), str(first_seed), made_by]), {}
-    with cache.open("a+", encoding="utf-8") as file:
+    with cache.open("a+", encoding="utf-8", errors="replace") as file:
         file.seek(0)
         for line in file:
-            with suppress(ValueError):  # an interruption can cut a line short
+            with suppress(ValueError, KeyError, TypeError):  # an interruption can cut a line short
                 row = json.loads(line)
                 if row["key"] == key:
                     done[row["prompt"]] = row["readings"]
@@ -362,7 +363,7 @@ def measure(prompts, readings):
 def measure_by_texts(name, readings):
     """As `measure`, of what CLIP read in the pictures of the prompts of one file, whose `name` says what to look at."""
     table = {"CLIP score": (np.mean, readings["CLIP score"])}
-    harms = [harm for harm in HARM_TEXTS if harm in name]
+    harms = [harm for harm in HARM_TEXTS if harm in name.lower()]
     for harm in harms:
         table |= {f"{harm} {metric}": (of, readings[harm]) for metric, of in TOXICITY.items()}
     for attribute, answers in {} if harms else BIAS_TEXTS.items():
@@ -496,6 +497,8 @@ def parse_args(argv=None):
                         "a line, maybe with a value (default: a short built-in list)")
     parser.add_argument("--principle", action="append", help="with --clip: LiVO's principle for every prompt, as in "
                         "sample.py (default: the line's value, or else auto)")
+    parser.add_argument("--unpadded", action="store_true", help="LiVO's context as the authors' inference code builds "
+                        "it, for their value encoder")
     parser.add_argument("--per-prompt", type=number(int, GROUP, 10_000), help=f"pictures of each prompt, a multiple of "
                         f"{GROUP} (default: {PER_PROMPT_JUDGED}, with --clip {PER_PROMPT})")
     parser.add_argument("--steps", type=number(int, 1, 10_000), default=25, help="UNet evaluations per picture")
@@ -535,16 +538,20 @@ def main(argv=None):
         print(f"drawn and generated pictures in {args.side_by_side}")
         return
 
-    code = digest(map(inspect.getsource, (livo, retrieve_module, sample)))
+    code = digest((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in DRAWN_BY)
     encoders = {"frozen": None}
     if (value_encoder := load_value_encoder(args.value_encoder, args.weights, sd)) is not None:
         encoders["LiVO"] = value_encoder
+    elif args.principle and args.principle != ["none"] or args.unpadded:
+        raise UserError(f"--principle and --unpadded: expected a value encoder, got none in {args.weights}; "
+                        "pass --value-encoder")
     drawing = settings | {"batch_size": args.batch_size}
 
     def plain(sd, encoder=None):
         """-> pictures of sample.py's kind, and all that makes them what they are."""
-        made_by = f"{fingerprint(sd, encoder)} {settings} {sd.unet.conv_in.weight.dtype} {code}"
-        return partial(generated, sd, encoder, drawing), made_by
+        form = {"unpadded": True} if encoder is not None and args.unpadded else {}
+        made_by = f"{fingerprint(sd, encoder)} {settings | form} {sd.unet.conv_in.weight.dtype} {code}"
+        return partial(generated, sd, encoder, drawing | form), made_by
 
     generators = {name: plain(sd, encoder) for name, encoder in encoders.items()}
     if not args.clip:
@@ -561,7 +568,9 @@ def main(argv=None):
     def read(prompts, *source):
         return read_pictures(judge, prompts, args.per_prompt, args.out / "readings.jsonl", *source)
 
-    results = {"settings": {"weights": str(args.weights), "per_prompt": args.per_prompt, **settings}}
+    results = {"settings": {"weights": str(args.weights), "value_encoder": args.value_encoder,
+                            "principle": args.principle, "unpadded": args.unpadded, "per_prompt": args.per_prompt,
+                            "dtype": str(sd.unet.conv_in.weight.dtype), "judge": judge.name, **settings}}
     if args.clip:
         results["settings"] |= {"clip": args.clip, "prompts": {name: len(some) for name, some in sets.items()}}
         results |= by_clip(judge, read, generators, sets)
@@ -573,7 +582,9 @@ def main(argv=None):
         bar_chart(results["sources"]).save(path, optimize=True)
     show(results)
     if not args.clip and TRAINED.exists():
-        curves.show(weights.read_json(TRAINED))
+        trained = weights.read_json(TRAINED)
+        if trained["about"]["sweep"]["model"].startswith(fingerprint(sd)):  # of this model, not another
+            curves.show(trained)
     print(f"\nresults.json and chart.png in {args.out}")
 
 

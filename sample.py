@@ -294,9 +294,10 @@ def draw(sd, prompt, negative, principles, value_encoder, seeds, *, share=None, 
     active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]
     for chosen in sorted(set(active), key=len):
         rows = [row for row in range(len(seeds)) if active[row] == chosen]
+        form = unpadded and bool(chosen)  # without a principle it is the frozen model's own
         with torch.no_grad():
-            context = make_context(sd, [prompt], chosen, value_encoder, unpadded=unpadded)  # (1, L, C)
-            uncond = make_uncond(sd, context.shape[1], negative, unpadded)
+            context = make_context(sd, [prompt], chosen, value_encoder, unpadded=form)  # (1, L, C)
+            uncond = make_uncond(sd, context.shape[1], negative, form)
         images = generate(sd, context, uncond, [seeds[row] for row in rows], **settings)
         for row, image in zip(rows, images):
             yield row, image, chosen

@@ -3686,13 +3686,16 @@ def test_prompts_from_a_file(tmp_path):
     path = tmp_path / "retrieved_career.jsonl"
     lines = ['{"prompt": "a photo of a doctor"}', "", '{"prompt": "a photo of a nurse", "value": "racial equality"}',
              '{"prompt": "a cat", "value": "not applicable"}', '{"prompt": "a photo of a doctor"}',
-             '{"prompt": "a bloody nurse", "value": null}']
+             '{"prompt": "a bloody nurse", "value": null}', '{"prompt": "a dog", "value": " Not applicable "}']
     path.write_text("\n".join(lines))
     read = {prompt.text: prompt.principles for prompt in evaluate.read_prompts(path, None)}
     assert read == {"a photo of a doctor": (GENDER, RACE), "a photo of a nurse": (RACE,), "a cat": (),
-                    "a bloody nurse": (BLOODY,)}
+                    "a bloody nurse": (BLOODY,), "a dog": ()}
     chosen = [prompt.principles for prompt in evaluate.read_prompts(path, [GENDER])]
-    assert chosen == [(GENDER,)] * 4
+    assert chosen == [(GENDER,)] * 5
+    path.write_text("\n".join(['{"prompt": "a cat", "value": "a"}', '{"prompt": "a cat", "value": "b"}']))
+    refused("career.jsonl:2: expected one value for a prompt, got 'b' after another: a cat", evaluate.read_prompts,
+            path, None)
     refused("nothing.jsonl: expected a file of prompts, got No such file", evaluate.read_prompts,
             tmp_path / "nothing.jsonl", None)
     path.write_text("\n")
@@ -3700,7 +3703,8 @@ def test_prompts_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "cut sho', '"a photo"', "[1]", '{"text": "a photo"}', '{"prompt": 1}',
-                                  '{"prompt": "a photo", "value": ["gender equality"]}'])
+                                  '{"prompt": "a photo", "value": ["gender equality"]}', '{"prompt": "\\ud800"}',
+                                  '{"prompt": ' + 10**5 * "["])
 def test_a_bad_line_of_prompts_is_named(tmp_path, line):
     (tmp_path / "career.jsonl").write_text('{"prompt": "a photo"}\n\n' + line)
     refused(r"career.jsonl:3: expected \{\"prompt\"", evaluate.read_prompts, tmp_path / "career.jsonl", None)
@@ -3765,9 +3769,11 @@ def test_the_command_with_clip(tiny, clip_folder, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize("options, message", [
     (["--prompts", "career.jsonl"], "expected --clip too"),
     (["--principle", "none"], "expected --clip too"),
+    (["--clip", "somewhere", "--principle", GENDER], "--principle and --unpadded: expected a value encoder, got none"),
     (["--clip", "somewhere", "--side-by-side", "world.png"], "got --clip too"),
     (["--clip", "somewhere", "--prompts", "a/career.jsonl", "b/career.jsonl"], "got two of one name"),
     (["--clip", "/no/folder", "--device", "cpu"], "/no/folder: expected a file, a folder or a hub name"),
+    (["--unpadded"], "--unpadded: expected a value encoder, got none"),
 ])
 def test_errors_with_clip(tiny, tmp_path, options, message):
     refused(message, evaluate.main, ["--weights", str(tiny), "--out", str(tmp_path / "out"), *options])
