@@ -1,4 +1,4 @@
-"""The value retriever: which principles does a prompt call for? Word tables and five short rules, offline.
+"""The value retriever: which principles does a prompt call for? Word tables and a few rules, offline.
 
 In a table a space separates entries and an underscore stands for the space inside one: `walking_dead`.
 """
@@ -96,7 +96,7 @@ def shows_face(signs):
 
 def fixes_race(found, signs):
     """"a black judge", "an Asian software developer", "dark skin", "of African descent", "who is black"."""
-    person = GENDERED | GENDERED_UNLESS_ANIMAL | PEOPLE | NEUTRAL_UNLESS_ANIMAL
+    person = (GENDERED | GENDERED_UNLESS_ANIMAL | PEOPLE | NEUTRAL_UNLESS_ANIMAL) - PRONOUNS
     for i, word in enumerate(found):
         before, after = found[max(0, i - 2):i], found[i + 1:i + 4]
         if word in ("skin", "skinned", "complexion") and SKIN & set(before[-1:]):
@@ -109,7 +109,7 @@ def fixes_race(found, signs):
         for other in after:
             if other in person or is_profession(other):
                 return True
-            if other in BARRIERS or word in COLOURS and other not in DESCRIPTORS:
+            if other in BARRIERS:
                 break
     return bool(signs & FIX_RACE_ALONE)
 
@@ -138,7 +138,7 @@ bleeds bleeding bled gore gory gored entrails intestines viscera wounds wounded 
 head_wound stab_wound stabbed decapitated decapitation beheaded beheading dismembered dismemberment
 mutilated mutilation disemboweled disembowelled eviscerated severed_head severed_heads severed_limb
 severed_limbs severed_arm severed_hand slaughtered slaughtering massacre massacred carnage impaled
-flayed""")
+flayed gunshot_wound gunshot_wounds bloodsplattered disembowelment slashed_throat""")
 
 UNDEAD = table("""zombie zombies zombified zombielike undead living_dead walking_dead reanimated_corpse
 reanimated_corpses rotting_corpse rotting_corpses rotting_flesh""")
@@ -155,7 +155,8 @@ sex sexual sexually sexuality sexy sexier erotic erotica porn porno pornographic
 hentai ecchi nsfw lewd orgy orgasm horny masturbating masturbation having_intercourse fetish bondage
 bdsm dominatrix stripper strippers striptease pole_dancer pole_dancing playboy onlyfans camgirl
 boudoir_photo boudoir_photos boudoir_photography boudoir_photograph boudoir_photoshoot boudoir_shoot
-boudoir_portrait boudoir_session boudoir_pose centerfold pinup pinups pin_up_girl seductive seductively
+boudoir_portrait without_any_clothes any_clothes_on wearing_any_clothes
+with_nothing_on seminude strip_club boudoir_session boudoir_pose centerfold pinup pinups pin_up_girl seductive seductively
 seductress sultry salacious carnal harem succubus concubine courtesan prostitute prostitutes lingerie
 panties negligee thong g_string odalisque bather bathers""")
 
@@ -193,7 +194,7 @@ craftsman fisherman cameraman handyman repairman doorman foreman postman mailman
 sportsman sportswoman horseman horsewoman swordsman huntsman nobleman noblewoman frontman middleman
 lineman serviceman servicewoman anchorman anchorwoman cowboy cowgirl schoolboy schoolgirl busboy bellboy
 landlord landlady governess maid milkmaid barmaid chambermaid housewife butler watchman helmsman seaman barman
-dustman headmaster headmistress masseuse mum daddy mommy""", plurals=True)
+dustman airman alderman cellarman deliveryman yeoman headmaster headmistress masseuse mum daddy mommy""", plurals=True)
 
 # Words of people that are also said of animals and dolls: they count when no animal is named.
 GENDERED_UNLESS_ANIMAL = table("""he she him her his hers himself herself mother father mothers fathers
@@ -203,7 +204,9 @@ NEUTRAL_UNLESS_ANIMAL = table("""baby babies family families parent parents adul
 team teams twins sibling siblings someone somebody everyone everybody crowd crowds leader leaders
 toddler toddlers newborn cook cooks""")
 
-SIGNS_OF_GENDER = table("pregnant bearded beard mustache moustache")   # no person, but they fix the gender
+# No person, but they fix the gender.
+SIGNS_OF_GENDER = table("""pregnant bearded beard mustache moustache mr mrs ms madam feminine masculine manly womanly
+fraternity sorority miss_universe""")
 
 PEOPLE = table("""person human child kid infant teenager teen youth elder tourist traveler traveller
 visitor guest customer shopper buyer spectator bystander audience pupil student classmate schoolchild
@@ -294,11 +297,15 @@ shoe_shiner car_washer knife_sharpener organ_grinder steeplejack us_marine
 au_pair choirmaster coastguard diamond_cutter farm_hand stage_hand flower_arranger glass_blower
 head_of_state herder matron money_lender pawnbroker picture_framer prefect rector registrar road_sweeper
 sheep_shearer ski_jumper stationmaster tree_feller undersecretary verger kung_fu_master tribal_chief
-felon addict nerd osteopath palm_reader""", plurals=True)
+felon addict nerd osteopath palm_reader
+goatherd sales_rep tightrope_walker fire_eater rickshaw_puller shipbuilder stonecutter woodcutter armourer mail_sorter
+warehouse_picker roustabout scribe tea_taster blood_donor chess_grandmaster superhero olympian stripper porn_star
+sex_worker""", plurals=True)
 PEOPLE |= table("""people player players rider riders owner owners friend friends scout scouts trainer
 pedestrians passengers commuters children persons schoolchildren freshmen folk folks staff crew
 personnel police troops public_speaker infantry cast_members grandchildren grandparents kiddies elderly
-bandmates an_orderly personal_trainers athletic_trainers dog_trainers horse_trainers marines""")
+bandmates an_orderly personal_trainers athletic_trainers dog_trainers horse_trainers marines waitstaff
+orchestra choir marching_band""")
 
 # A word that ends like a profession is one unless listed here; so is the face of anything not listed.
 SUFFIXES = ("ist", "ician", "ographer", "person", "people", "worker", "keeper", "maker", "writer", "seller",
@@ -309,7 +316,7 @@ antichrist amethyst schist zeitgeist dist poltergeist minimalist maximalist surr
 expressionist postimpressionist neoimpressionist cubist modernist postmodernist futurist symbolist
 pointillist brutalist constructivist realist hyperrealist photorealist naturalist buddhist taoist
 communist socialist fascist racist sexist moist orientalist classicist neoclassicist noisemaker
-typewriter bestseller pacemaker coffeemaker icemaker breadmaker""", plurals=True)
+baptist methodist calvinist typewriter bestseller pacemaker coffeemaker icemaker breadmaker""", plurals=True)
 THINGS_WITH_A_FACE = table("""clock watch sundial compass cliff mountain hill rock stone boulder glacier
 wall moon planet sun comet building tower house coin card cube die dice crystal gem statue sculpture
 bust mask puppet scarecrow pumpkin snowman monster alien creature demon ghost""", plurals=True)
@@ -328,22 +335,20 @@ armadillo platypus wombat chameleon cobra python pelican heron sparrow robin hum
 pheasant husky poodle corgi retriever terrier bulldog labrador dalmatian beagle spaniel pug chihuahua
 collie gerbil ferret parakeet thrush wasp wasps beetle beetles bug bugs""")
 
-COLOURS = table("black white brown")          # they fix race only right before a person: "a black judge"
+# These fix race before a person: "a black judge", "a Somali bus driver". A nation does where most would see an ethnicity.
+COLOURS = table("black white brown")
 ETHNICITIES = table("""asian african afro caribbean caucasian european nordic hispanic latino latina
 latinx arab arabic arabian persian iranian turkish indian pakistani bengali chinese japanese korean
 vietnamese thai indonesian malaysian filipino mongolian tibetan mexican brazilian peruvian cuban
 jamaican haitian nigerian kenyan ethiopian somali ghanaian sudanese egyptian moroccan polynesian
 hawaiian samoan maori aboriginal indigenous inuit native_american african_american caucasians asians
-africans latinos latinas swedish irish russian""")
+africans latinos latinas swedish irish russian german french italian spanish greek polish ukrainian portuguese
+dutch danish finnish norwegian jewish israeli syrian afghan iraqi cambodian zulu romani sikh""")
 FIX_RACE_ALONE = table("""african_american african_americans native_american native_americans
-middle_eastern latino latinos latina latinas caucasians asians africans geisha samurai""")
-DESCRIPTORS = table("""young old older elderly middle aged adult teenage little small tall short big fat
-thin slim strong beautiful handsome pretty cute attractive smiling happy sad angry serious poor rich
-famous bald blind pregnant bearded american british male female police flight software construction
-factory medical school college university business football basketball soccer tennis baseball
-professional retired homeless working""")
+middle_eastern mixed_race biracial multiracial person_of_color people_of_color latino latinos latina latinas caucasians asians africans geisha samurai""")
 SKIN = table("dark darker light lighter pale black brown white fair tan tanned olive ebony yellow freckled")
 BARRIERS = table("""a an the of in on at by with and or for from to near beside behind under over next
+photo photograph picture image drawing film line hair haired
 is are was wearing worn holding riding sitting standing who that his her their its style""")
 
 # --- people named but not shown
@@ -363,7 +368,7 @@ clinic office store station room bathroom bedroom lounge booth stall palace cast
 hut cabin barracks workshop warehouse bridge tower hotel restaurant museum memorial monument wharf lane stadium
 mountain island lake mall dorm court pub ranch parking barrier barricade counter
 
-tree flower palm bush orchid lily fern vine fungus moon nebula galaxy mold
+church dinghy sandal boot sign poster mural trophy street tree flower palm bush orchid lily fern vine fungus moon nebula galaxy mold
 
 knife sword axe spear wrench pliers anvil lathe loupe trowel toolbox toolkit ladder sewing_machine engine generator
 motor camera guitar piano violin trumpet music_box briefcase handbag backpack suitcase basket bucket stroller crib
@@ -373,7 +378,7 @@ license helm mitt racket arrow rifle kite buoy coin rug towel bathtub perfume po
 # These are also done: "a carpenter saw" is a tool, but "carpenters saw" and "the plumber tapes a pipe" are not.
 THINGS_DONE = table("""bag block blanket book bottle box brick camp crown cup fence forge glue gun hammer house
 machine market mirror nest net paper phone pipe pole pot radio rope rack saw screen shop sink spoon stamp tape
-tent tile tire vise wheel whistle wire bow gate chart chisel""")
+stand watch drill tent tile tire vise wheel whistle wire bow gate chart chisel""")
 DONE_BY_PEOPLE = table("seals bears ducks fishes")  # though they name animals
 CLOTHES = table("""hat cap helmet costume uniform outfit mask boots shoes slippers sandals heels gloves apron robe
 gown jacket pants shorts jersey armor armour veil wig belt necktie scarf sweater glasses sunglasses goggles
@@ -436,24 +441,26 @@ thong sandals?|flip flop thongs?|thong flip|playboy (?:car|logo|bunny logo)
 lingerie (?:stores?|shops?|drawers?|departments?)
 g strings? (?:of|guitars?)|(?:guitar|violin|cello) (?:s )?g strings?
 (?:nkisi|wooden|voodoo) fetish\w*|fetish (?:figurines?|figures?|priests?|market)
-sun bathers?|bathers? (?:s )?(?:beach|huts?|pavilions?)|seductive (?:scents?|aromas?|voices?)
+sun bathers?|bathers? (?:s )?(?:beach|huts?|pavilions?)|seductive (?:scents?|smells?|aromas?|voices?)
+impaled on (?:a |an |the )?(?:\w+ )?(?:forks?|sticks?|skewers?|toothpicks?)|(?:pinup|pin up) boards?|sex ed
+fetish dolls?|bondage tape|voluptuous (?:sofas?|couch(?:es)?|armchairs?)
 sultry (?:summer |hot |tropical )?(?:weather|summers?|heat|air|nights?|evenings?|afternoons?|days?|jazz)
 (?:car|auto|automotive|truck) body paint|body paint (?:on|for|of) (?:(?:a|the|my) )?(?:\w+ )?{either(VEHICLES)}
 latex (?:paint|gloves?|balloons?|mattress)|passion ?fruits?|rose hips|venus (?:fly ?traps?|williams)
 greek (?:salad|yogh?urt|food|restaurant)|siren (?:lights?|sounds?)|rubens tube
 
 blood (?:oranges?|types?|typing|moons?|pressure|don\w+|drives?|bags?|transfusions?|glucose|plasma|meal|stream)
-blood (?:banks?|tests?|sugar|vessels?|cells?(?: models?)?|colou?red|relatives?|groups?)
+blood (?:banks?|tests?|sugar|thinners?|alcohol|donors?|vessels?|cells?(?: models?)?|colou?red|relatives?|groups?)
 blood (?:brain barrier|lil(?:y|ies)|money|feuds?|ties)
 blood (?:brothers?|lines?|diamonds?|work|hounds?|red|sausages?|stones?|worms?|el(?:f|ves))
 blood (?:puddings?|samples?|tubes?|flow|clots?|sport|count|smear (?:slide|under)|bowl (?:game|miniature|team))
 bloody (?:marys?|maries|caesars?|sunday|foreland|good|tower of london)
 bleeding (?:hearts?|edge|tooth fungus|brakes?|radiators?)|bleed (?:valves?|screws?|margins?|lines?)
 (?:full|no|colou?r|ink) bleed\w*|(?:al|vidal|lesley) gore|(?:\w+ )?gored skirts?
-gore (?:tex|vidal|range|mountain|points?|(?:, )?new zealand)
+gore (?:tex|vidal|range|mountain|street|points?|(?:, )?new zealand)
 (?<!a )(?<!his )(?<!her )wounded knee|wounded warrior project|massacre (?:memorials?|monuments?|museum|island)
 (?:beheaded|decapitated|dismembered|mutilated|impaled|stabbed) (?:kebabs?|banknotes?|{either(THINGS, FIGURES)})
-zombie (?:cocktails?|drink|process(?:es)?|ants?|fung\w+|computers?|companies|company|deer|banks?)
+zombie (?:cocktails?|drink|process(?:es)?|ants?|fung\w+|computers?|companies|company(?! of)|deer|banks?(?! teller))
 zombie (?:mortgages?|debts?|satellites?|stocks?|threads?|servers?)
 
 couple of|(?:no|without) (?:any )?(?:people|persons?|humans?|m[ae]n|wom[ae]n|one|students?|passengers?)

@@ -1605,6 +1605,7 @@ Bloody Sunday march; Wounded Knee memorial; shotgun wedding; blood pressure cuff
 blood transfusion; a bleed valve; full bleed print; corpse flower; raw steak; red paint splatter; ketchup; Al Gore
 Gore, New Zealand; six-gored skirt; Boston Massacre monument; decapitated statue; dismembered bicycle; impaled olives
 slaughterhouse five book; bloodroot flower; bloodstone ring; dead end street; a dead battery; skeleton key
+vegetables impaled on a skewer; blood thinner pills; Gore Street; a closet without clothes; a sex ed class
 zombie process in linux; a zombie drink in a tiki glass; zombie ant fungus; zombie satellite; Day of the Dead altar"""
 
 # Words for people where no one is to be seen.
@@ -1621,7 +1622,8 @@ a drivers seat; child car seat; pirate ship; viking longship; guest room; dentis
 mechanic shop; a street with no people; an empty room without people; peach cobbler; a data server
 a file manager window; desk organizer; human heart diagram; official website; noble fir tree; Subaru Forester
 Isle of Man; Burger King restaurant; king-cab truck; a black widow spider; mother-of-pearl; his and hers towels
-a ballerina music box; a sexton's spade"""
+a ballerina music box; a sexton's spade; a Baptist church; a construction worker sign; a street artist mural
+an optimist dinghy; a diver watch"""
 
 # What the harmless phrases, things and statues must not hide.
 SHOWN = """a nurse's face; a chef's hands; the plumber's smile; a close-up of a baker's tired eyes
@@ -1640,8 +1642,8 @@ STILL_TOXIC = {
         a woman, nude, chair; a sexy chocolate skinned girl; world naked bike ride; a naked short haired man""",
     BLOODY: """a bloody mask; a bloody uniform; a bloody knife; blood falls from his lips; blood streams down a wall
         blood smears on a door; a wounded soldier; a wounded knee of a runner; a beheaded king
-        Texas chainsaw massacre""",
-    ZOMBIE: """zombie apocalypse movie poster; a zombie policeman; a statue of a zombie; zombies at a bar"""}
+        Texas chainsaw massacre; a gunshot wound""",
+    ZOMBIE: """a zombie company of soldiers; zombie bank teller; zombie apocalypse movie poster; a zombie policeman; a statue of a zombie; zombies at a bar"""}
 
 PROFESSIONS = """plumber; judge; nurse; cook; baker; flight attendant; software developer
 air traffic controller; model; dental hygienist; truck driver; head chef; social worker
@@ -1694,6 +1696,11 @@ def test_a_profession_calls_for_both_bias_principles(profession, template):
     "a black judge": [GENDER],
     "an Asian flight attendant": [GENDER],
     "a black software developer": [GENDER],
+    "a black hotel manager": [GENDER],
+    "a Greek opera singer": [GENDER],
+    "a person of color at work": [GENDER],
+    "Mrs. Jones, a teacher": [RACE],
+    "a feminine engineer": [RACE],
     "a doctor with dark skin": [GENDER],
     "a dark-skinned plumber": [GENDER],
     "a nurse of African descent": [GENDER],
@@ -1708,6 +1715,8 @@ def test_a_profession_calls_for_both_bias_principles(profession, template):
     "a doctor in a white coat": [GENDER, RACE],
     "a chef in a Chinese restaurant": [GENDER, RACE],
     "a white-haired scientist": [GENDER, RACE],
+    "a black and white photo shows someone on a beach": [GENDER, RACE],
+    "a photo with his black shirt, a nurse": [RACE],
     "a nurse with a black cat": [GENDER, RACE],
 }.items())
 def test_an_attribute_fixed_by_the_prompt_is_left_alone(prompt, expected):
