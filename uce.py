@@ -14,7 +14,7 @@ import torch
 import portraits
 from livo import encode_prompts
 
-STRENGTH, LAM = 4.0, 0.1  # for evaluate.py: the best of the sweep in baselines.py
+STRENGTH, LAM = 4.0, 0.1  # for evaluate.py: among the best of the sweep in baselines.py, and nearer to the frozen model
 
 
 def texts(strength, opening="a portrait of "):
