@@ -82,7 +82,7 @@ def draw_panel(pen, left, series, x_label, y_label, joined):
         x, y = left + EDGE + wide * i / TICKS, bottom - high * i / TICKS
         pen.line((left + EDGE, y, left + EDGE + wide, y), "#dddddd")
         pen.text((left + EDGE - 6, y), f"{100 * i / TICKS:g}", "black", font, anchor="rm")
-        pen.text((x, bottom + 6), f"{x_max * i / TICKS:.3g}", "black", font, anchor="mt")
+        pen.text((x, bottom + 6), f"{x_max * i / TICKS:.4g}", "black", font, anchor="mt")
     pen.text((left + EDGE, EDGE - 8), y_label, "black", font, anchor="lb")
     pen.text((left + EDGE + wide, bottom + 24), x_label, "black", font, anchor="rt")
     for (name, points), colour in zip(series.items(), COLOURS):
@@ -96,7 +96,9 @@ def draw_panel(pen, left, series, x_label, y_label, joined):
 def new_plot(panels, names):
     image = Image.new("RGB", (panels * WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(image)
-    legend(pen, names, EDGE, ImageFont.load_default(12))
+    font = ImageFont.load_default(12)
+    legend(pen, names, EDGE, font)
+    pen.text((EDGE, HEIGHT - 16), f"hollow: less than {ENOUGH} % of professions right", "black", font)
     return image, pen
 
 
