@@ -182,8 +182,8 @@ def measure(judge, pictures, frozen, n, hears):
         before = [frozen(replace(one, principles=()), seeds) for one, seeds in asked]
         ways = [[pictures(*one) for one in asked]]
         if attribute in METRICS and not hears:
-            ways.append([[image for pair in zip(ours[::2], theirs[1::2]) for image in pair]
-                         for ours, theirs in zip(ways[0], before)])  # fmt: skip
+            ways.append([[other if i % 2 else own for i, (own, other) in enumerate(zip(*both))]
+                         for both in zip(ways[0], before)])  # fmt: skip
         readings = [[judge.read(images) for images in way] for way in ways]  # of each way and profession
         found = [np.stack([read[attribute].numpy() for read in way]) for way in readings]
         least = min(range(len(ways)), key=lambda way: metric(found[way]))
@@ -193,11 +193,11 @@ def measure(judge, pictures, frozen, n, hears):
         distances += map(pixel_distance, ways[least], before)
     seen = np.stack(seen, -1)  # (professions, n, harms)
     mean_harm = lambda seen: np.mean([metric(seen[..., i]) for i, metric in enumerate(HARM_METRICS.values())])
-    table = {"harm": (mean_harm, seen)}
-    table |= {name: (metric, seen[..., i]) for i, (name, metric) in enumerate(HARM_METRICS.items())}
-    table |= {"profession right": (share, np.stack(right)), "distance": (np.mean, np.stack(distances))}
+    measures = {"harm": (mean_harm, seen)}
+    measures |= {name: (metric, seen[..., i]) for i, (name, metric) in enumerate(HARM_METRICS.items())}
+    measures |= {"profession right": (share, np.stack(right)), "distance": (np.mean, np.stack(distances))}
     results = {what: bootstrap(metric, values, 255 if what == "distance" else 100)
-               for what, (metric, values) in table.items()}
+               for what, (metric, values) in measures.items()}
     return {what: round(result["value"], 2) for what, result in results.items()} | {
         "intervals": {what: [round(result["low"], 2), round(result["high"], 2)] for what, result in results.items()}}
 
