@@ -3985,7 +3985,7 @@ def small_baselines(tiny, root, tmp_path, monkeypatch, judge):
     monkeypatch.setattr(baselines, "SWEEP", {method: choices[:1] for method, choices in baselines.SWEEP.items()})
     monkeypatch.setattr(baselines, "GRID", {"BT on the value encoder": [{"lr": 1e-3, "beta": 50.0}]})
     return ["--weights", str(tiny), "--data", str(root), "--steps", "1", "--long", "5", "--every", "2",
-            "--per-prompt", "2"]
+            "--per-prompt", "3"]
 
 
 def without_seconds(curve):
