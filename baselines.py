@@ -109,11 +109,14 @@ def one_slope_loss(s, principles, *errors):
 
 
 # Method: the part of the model that is trained, all else being frozen, and the loss. Diffusion-DPO is arXiv 2311.12908.
+# The settings of train.py were found in runs as long as the long ones, so LiVO has such a run with them too.
+AS_TRAIN = "LiVO as train.py"
 TRAINED = {
     "LiVO": ("value_encoder", hinge_loss),
     "BT on the value encoder": ("value_encoder", one_slope_loss),
     "Diffusion-DPO": ("unet", one_slope_loss),
     "text encoder": ("text_encoder", hinge_loss),
+    AS_TRAIN: ("value_encoder", hinge_loss),
 }
 
 
@@ -246,7 +249,7 @@ def train_method(sd, dataset, run, s, measure, about, folder):
     # The curve is written before the checkpoint, so it may be a point ahead.
     curve = [point for point in load_curve(file, about) if point["step"] <= start] if file.exists() else []
     seconds = curve[-1]["seconds"] if curve else 0.0
-    if run.method == "LiVO":
+    if run.method in ("LiVO", AS_TRAIN):
         add = partial(train.add_gradient, sd, network, schedule=schedule, s=s)
     else:
         add = partial(add_gradient, sd, run.method, network, schedule=schedule, s=s)
@@ -301,8 +304,9 @@ def chosen(found, choices):
 
 
 def long_runs(sweep):
-    """Each trained method of {method: [run]} with the settings that were best."""
-    return [Run(method, best(runs)["settings"]) for method, runs in sweep.items() if method in TRAINED]
+    """Each trained method of {method: [run]} with the settings that were best, and LiVO with train.py's too."""
+    runs = [Run(method, best(runs)["settings"]) for method, runs in sweep.items() if method in TRAINED]
+    return runs + [Run(AS_TRAIN, {})] * ("LiVO" in sweep)
 
 
 def collect(out):
@@ -324,7 +328,7 @@ def collect(out):
 # --------------------------------------------------------------------------------------------- the command
 
 # Measured on one thread beside two other trainings on two cores: for --list only.
-STEP_SECONDS = {"LiVO": 1.0, "BT on the value encoder": 1.0, "Diffusion-DPO": 1.3, "text encoder": 1.0}
+STEP_SECONDS = {"LiVO": 1.0, "BT on the value encoder": 1.0, "Diffusion-DPO": 1.3, "text encoder": 1.0, AS_TRAIN: 1.0}
 PICTURE_SECONDS = 0.3
 
 
@@ -332,7 +336,8 @@ def list_runs(args):
     """Prints the state of every run, and about how long what is missing will take."""
     total, sweep = 0, all_runs(args.only)
     long = {run.method: run for run in long_runs(chosen(finished(args.out, sweep)[0], SWEEP))}
-    long = [long.get(method, Run(method, {})) for method in TRAINED if args.only in (None, method)]
+    long = [long.get(method, Run(method, {})) for method in TRAINED
+            if args.only in (None, method) or method == AS_TRAIN and args.only == "LiVO"]  # fmt: skip
     kinds = [(args.out, args.steps, args.steps, sweep), (args.out / "long", args.long, args.every, long)]
     for folder, steps, every, run in [(*kind, run) for *kind, runs in kinds for run in runs]:
         trained, left, state = run.method in TRAINED, steps, "to do"

@@ -119,11 +119,12 @@ def convergence(results):
 
 
 def tradeoff(results):
-    """Conformity against distance to the frozen model's pictures, of the grid's runs at their end, and of those
-    methods' long runs. -> PIL image."""
+    """Conformity against distance to the frozen model's pictures, of the grid's runs at their end, and of the long
+    runs with the same loss and network. -> PIL image."""
     ends = {"frozen": [results["frozen"]]}
-    ends |= {method: [this["curve"][-1] for this in runs + results["long"].get(method, [])]
-             for method, runs in results["grid"].items()}  # fmt: skip
+    for method, runs in results["grid"].items():
+        long = [this for name, (this,) in results["long"].items() if name.startswith(method)]
+        ends[method] = [this["curve"][-1] for this in runs + long]
     image, pen = new_plot(1, ends)
     series = {method: [(point["distance"], 100 - point["harm"], is_recognised(point)) for point in points]
               for method, points in ends.items()}

@@ -3833,7 +3833,7 @@ def test_gradients_of_the_baselines_are_those_of_the_formulas(sd, dataset, metho
     else:
         context = (network if part == "text_encoder" else sd.text_encoder)(sd.tokenizer(prompts))[0]
     w, rw, l, rl = differentiable_errors(sd, network if part == "unet" else sd.unet, pairs, context)
-    if method in ("LiVO", "text encoder"):
+    if method in ("LiVO", baselines.AS_TRAIN, "text encoder"):
         loss = torch.clamp(1 + 20 * (w - rw), min=0) + torch.clamp(0.5 + 30 * (rl - l), min=0)
     else:
         loss = -100 * torch.sigmoid(-20 * ((w - rw) - (l - rl))).log()  # 2000 / β
@@ -3995,7 +3995,7 @@ def without_seconds(curve):
 def test_baselines_from_the_command(small_baselines, tmp_path, monkeypatch, capsys):
     options = [*small_baselines, "--out", str(tmp_path / "runs")]
     baselines.main([*options, "--list"])
-    assert capsys.readouterr().out.count("to do") == 13 and not (tmp_path / "runs").exists()
+    assert capsys.readouterr().out.count("to do") == 14 and not (tmp_path / "runs").exists()
     baselines.main(options)
     table = capsys.readouterr().out
     assert all(method in table for method in baselines.SWEEP)
@@ -4004,7 +4004,7 @@ def test_baselines_from_the_command(small_baselines, tmp_path, monkeypatch, caps
     assert len(done) == 9 and {len(curve) for curve in done.values()} == {1}
     assert {curve[0]["step"] for curve in done.values()} == {0, 1}  # edited and trained
     dpo = long["Diffusion-DPO-lr=3e-05-beta=20.0"]
-    assert len(long) == 4 and [point["step"] for point in dpo] == [0, 2, 4, 5]
+    assert len(long) == 5 and [point["step"] for point in dpo] == [0, 2, 4, 5]
     assert done["frozen"][0]["distance"] == dpo[0]["distance"] == 0
     assert done["UCE-strength=1.0-lam=0.1"][0]["distance"] > 0
     low, high = dpo[0]["intervals"]["skin D2"]
@@ -4046,12 +4046,12 @@ def test_a_killed_baseline_goes_on(small_baselines, tmp_path, monkeypatch, capsy
     ahead = json.loads(file.read_text())
     file.write_text(json.dumps(ahead | {"curve": [*ahead["curve"], ahead["curve"][-1] | {"step": 4, "harm": -1}]}))
     baselines.main(killed)
-    assert calls == [0, 0, 1, 2, 3, 2, 3, 4]  # the sweep's one step, then the long run's
-    (name,) = [path.name for path in (tmp_path / "a" / "runs" / "long").glob("*.json")]
+    assert calls[:8] == [0, 0, 1, 2, 3, 2, 3, 4]  # the sweep's one step, then the long run's
+    (name,) = [path.name for path in (tmp_path / "a" / "runs" / "long").glob(f"{method}-lr*.json")]
     first, second = (json.loads((tmp_path / run / "runs" / "long" / name).read_text())["curve"] for run in "ab")
     assert without_seconds(first) == without_seconds(second) and first[0] != first[-1]
-    ours, theirs = (torch.load(next((tmp_path / run / "runs" / "long").glob("*/checkpoint.pt")), weights_only=True)
-                    for run in "ab")  # fmt: skip
+    ours, theirs = (torch.load(next((tmp_path / run / "runs" / "long").glob(f"{method}-lr*/checkpoint.pt")),
+                               weights_only=True) for run in "ab")  # fmt: skip
     assert all(torch.equal(ours["value_encoder"][key], tensor) for key, tensor in theirs["value_encoder"].items())
 
 
