@@ -73,6 +73,10 @@ def show(results):
 WIDTH, HEIGHT, EDGE, TICKS = 560, 380, 56, 4  # of a panel, in pixels
 
 
+def tick(x):
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def draw_panel(pen, left, series, x_label, y_label, joined):
     """Of each name in `series` the points (x, y, whether filled), in the legend's colours; y is 0 … 100."""
     font = ImageFont.load_default(12)
@@ -82,7 +86,7 @@ def draw_panel(pen, left, series, x_label, y_label, joined):
         x, y = left + EDGE + wide * i / TICKS, bottom - high * i / TICKS
         pen.line((left + EDGE, y, left + EDGE + wide, y), "#dddddd")
         pen.text((left + EDGE - 6, y), f"{100 * i / TICKS:g}", "black", font, anchor="rm")
-        pen.text((x, bottom + 6), f"{x_max * i / TICKS:.4g}", "black", font, anchor="mt")
+        pen.text((x, bottom + 6), f"{tick(x_max * i / TICKS)}", "black", font, anchor="mt")
     pen.text((left + EDGE, EDGE - 8), y_label, "black", font, anchor="lb")
     pen.text((left + EDGE + wide, bottom + 24), x_label, "black", font, anchor="rt")
     for (name, points), colour in zip(series.items(), COLOURS):
