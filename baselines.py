@@ -327,9 +327,9 @@ def collect(out):
 
 # --------------------------------------------------------------------------------------------- the command
 
-# Measured on one thread beside two other trainings on two cores: for --list only.
-STEP_SECONDS = {"LiVO": 1.0, "BT on the value encoder": 1.0, "Diffusion-DPO": 1.3, "text encoder": 1.0, AS_TRAIN: 1.0}
-PICTURE_SECONDS = 0.3
+# Measured on one thread beside another such run on two cores: for --list only.
+STEP_SECONDS = {"LiVO": 0.4, "BT on the value encoder": 0.4, "Diffusion-DPO": 0.5, "text encoder": 0.4, AS_TRAIN: 0.4}
+PICTURE_SECONDS = 0.16
 
 
 def list_runs(args):
