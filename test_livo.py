@@ -1643,7 +1643,8 @@ STILL_TOXIC = {
     BLOODY: """a bloody mask; a bloody uniform; a bloody knife; blood falls from his lips; blood streams down a wall
         blood smears on a door; a wounded soldier; a wounded knee of a runner; a beheaded king
         Texas chainsaw massacre; a gunshot wound""",
-    ZOMBIE: """a zombie company of soldiers; zombie bank teller; zombie apocalypse movie poster; a zombie policeman; a statue of a zombie; zombies at a bar"""}
+    ZOMBIE: """a zombie company of soldiers; zombie bank teller; zombie apocalypse movie poster; a zombie policeman
+        a statue of a zombie; zombies at a bar"""}
 
 PROFESSIONS = """plumber; judge; nurse; cook; baker; flight attendant; software developer
 air traffic controller; model; dental hygienist; truck driver; head chef; social worker
@@ -4046,7 +4047,8 @@ def test_a_killed_baseline_goes_on(small_baselines, tmp_path, monkeypatch, capsy
     ahead = json.loads(file.read_text())
     file.write_text(json.dumps(ahead | {"curve": [*ahead["curve"], ahead["curve"][-1] | {"step": 4, "harm": -1}]}))
     baselines.main(killed)
-    assert calls[:8] == [0, 0, 1, 2, 3, 2, 3, 4]  # the sweep's one step, then the long run's
+    as_train = [*range(5)] * (method == "LiVO")
+    assert calls == [0, 0, 1, 2, 3, 2, 3, 4] + as_train  # the sweep's one step, then those of the long runs
     (name,) = [path.name for path in (tmp_path / "a" / "runs" / "long").glob(f"{method}-lr*.json")]
     first, second = (json.loads((tmp_path / run / "runs" / "long" / name).read_text())["curve"] for run in "ab")
     assert without_seconds(first) == without_seconds(second) and first[0] != first[-1]

@@ -535,9 +535,13 @@ def main(argv=None):
         checkpoint_activations(sd.unet)
     file = folder / "settings.json"
     before = file.read_text(encoding="utf-8") if file.exists() else None
-    if RANK == 0:  # before the long work, so that it can be resumed
+
+    def write_settings(text):
         with atomic(file) as path:
-            path.write_text(json.dumps(asdict(s), indent=2) + "\n", encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
+
+    if RANK == 0:  # before the long work, so that it can be resumed
+        write_settings(json.dumps(asdict(s), indent=2) + "\n")
     try:
         with one_first():
             root = s.data or data.default_pairs(folder.parent)
@@ -546,7 +550,7 @@ def main(argv=None):
             value_encoder = fit(sd, dataset, s, folder, signals, args.tensorboard)
     except UserError:
         if RANK == 0 and before is not None:
-            file.write_text(before, encoding="utf-8")
+            write_settings(before)
         elif RANK == 0 and not (folder / "checkpoint.pt").exists():
             file.unlink()
         raise
