@@ -22,7 +22,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import nn
 
 from attention import attend, project
-from cli import UserError, atomic
+from common import UserError, atomic
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 

@@ -2,20 +2,19 @@
 
     dataset = PreferenceDataset(root, sd, cache)      # reads the authors' layout, encodes once, memory-maps
     pair = dataset.pair(position, seed, times)        # latents of y_w and y_l, noise and time: one training row
-    build_portrait_pairs(folder)                      # the default set, drawn in seconds, in the same layout
+    render_pairs(folder)                      # the default set, drawn in seconds, in the same layout
 
     python data.py draw --out pairs     # the default set, or with --pairs bloody=600 another mix of it
-    python data.py build --out pairs    # a set of the model's own pictures: build.py
+    python data.py build --out pairs    # a set of the model's own pictures: dataset.py
     python data.py check pairs          # counts and faults, of anybody's set
     python data.py show pairs           # a sheet of its pictures
 
 ROOT/<type>/<scene>/metadata.jsonl, as in the authors' release: for every image beside it a line
-{"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating. Ours adds the type 3-harmless:
+{"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating. Ours adds the type preservation:
 scenes of aligned images alone, of prompts that the principle has nothing to do with. There y_l is y_w, and the
 principle learns to change nothing: `train.reference`.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -26,29 +25,24 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain, count, cycle, islice, pairwise
+from dataclasses import dataclass
+from itertools import accumulate, chain, cycle, islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-import portraits
-from cli import Parser, UserError, atomic, check_writable, run
+from common import UserError
 from livo import encode_prompts
-from portraits import HARMS, MAN_SHARE, PROFESSIONS, SKIN_SHARE, Record, draw, write_caption
-from retrieve import BLOODY, GENDER, RACE, ZOMBIE
-from sample import captioned
 from vae import sample_latent
-from weights import atomic_folder, read_json, write_json
+from common import atomic_folder, read_json, write_json
 
 MAX_LOST = 0.01  # share of samples that may be unusable
 STALE = 3600  # seconds after which nobody writes to an unfinished cache any more
-HARMLESS_TYPE = "3-harmless"
+PRESERVATION_TYPE = "preservation"
 JPEG_QUALITY = 95
-SHEET_SCENES, SHEET_COLUMNS, SHEET_SIDE = 3, 8, 96  # of a contact sheet: scenes per principle, pictures, pixels
 
 
 @dataclass(frozen=True)
@@ -80,8 +74,8 @@ def read_sample(line, scene, root, where):
     if not path.is_file():
         raise ValueError(f"there is no file {entry['file_name']}")
     sample = Sample(path, entry["prompt"], entry["value"], entry["label"] == 1, scene, where)
-    if is_harmless(sample) and not sample.aligned:
-        raise ValueError(f"expected only label 1 in scenes of type {HARMLESS_TYPE}, got {entry['label']}")
+    if is_preservation(sample) and not sample.aligned:
+        raise ValueError(f"expected only label 1 in scenes of type {PRESERVATION_TYPE}, got {entry['label']}")
     return sample
 
 
@@ -153,19 +147,19 @@ class Pair:
 
     prompt: str
     principle: str
-    features: torch.Tensor  # (77, C), the prompt as the frozen text encoder gives it
+    prompt_embeds: torch.Tensor  # (77, C), the prompt as the frozen text encoder gives it
     z_w: torch.Tensor  # (4, h, w) float32, as z_l and eps: the latents of y_w, aligned, and y_l, violating
     z_l: torch.Tensor
     eps: torch.Tensor
     t: int
-    harmless: bool  # then y_l is y_w
+    preservation: bool  # then y_l is y_w
     where: str  # the lines that tell of y_w and y_l
 
 
 class PreferenceDataset:
     """The pairs of a dataset folder, encoded. len() is the number of aligned images.
 
-    together: so many pairs in a row share their principle and type; 1 mixes them all.
+    group_size: so many pairs in a row share their principle and type; 1 mixes them all.
     key: a hash of the weights and of the data, wherever their folders lie.
 
     The first use encodes everything into the folder `key` of `cache`; after that its files are memory-mapped. Unusable
@@ -173,7 +167,7 @@ class PreferenceDataset:
     UserError where `read_samples` does.
     """
 
-    def __init__(self, root, sd, cache, together=1):
+    def __init__(self, root, sd, cache, group_size=1):
         samples, faults = read_samples(root)
         self.key = fingerprint(sd, samples, Path(root).resolve())
         folder = Path(cache) / self.key
@@ -188,7 +182,7 @@ class PreferenceDataset:
         samples = [sample for i, sample in enumerate(samples) if i not in broken]
         self.aligned, self.violating = [], {}  # (sample, row of latents), the latter by scene
         have_aligned = {sample.scene for sample in samples if sample.aligned}
-        have_violating = {sample.scene for sample in samples if not sample.aligned or is_harmless(sample)}
+        have_violating = {sample.scene for sample in samples if not sample.aligned or is_preservation(sample)}
         for row, sample in enumerate(samples):
             if sample.scene not in have_aligned & have_violating:
                 missing = "violating" if sample.scene in have_aligned else "aligned"
@@ -201,17 +195,17 @@ class PreferenceDataset:
             warnings.warn(f"{fault}; skipped")
         check_lost(faults, total, root)
 
-        self.together = together
-        if together > 1:
+        self.group_size = group_size
+        if group_size > 1:
             self.aligned.sort(key=lambda item: kind(item[0]))
-        sizes = Counter(kind(sample) if together > 1 else "" for sample, _ in self.aligned)
+        sizes = Counter(kind(sample) if group_size > 1 else "" for sample, _ in self.aligned)
         self.groups = tuple(pairwise([0, *accumulate(sizes.values())]))  # (first, end) of each in `aligned`
 
         channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
         shape = (len(samples), 2, 2, channels, size, size)  # sample, plain or mirrored, mean or log-variance
         self.latents = map_file(folder / "latents.bin", shape, torch.float16)
         dtype = next(sd.text_encoder.parameters()).dtype
-        self.features = map_file(folder / "features.bin", (len(prompts), sd.tokenizer.max_length, c), dtype)
+        self.prompt_embeds = map_file(folder / "prompt_embeds.bin", (len(prompts), sd.tokenizer.max_length, c), dtype)
         self.prompt_rows = {prompt: row for row, prompt in enumerate(prompts)}
 
     def __len__(self):
@@ -219,8 +213,8 @@ class PreferenceDataset:
 
     def aligned_at(self, position, seed):
         """-> the aligned Sample at a position of the run, and its row of latents."""
-        epoch, i = divmod(position, len(epoch_order(seed, 0, self.groups, self.together)))
-        return self.aligned[epoch_order(seed, epoch, self.groups, self.together)[i]]
+        epoch, i = divmod(position, len(epoch_order(seed, 0, self.groups, self.group_size)))
+        return self.aligned[epoch_order(seed, epoch, self.groups, self.group_size)[i]]
 
     def pair(self, position, seed, times):
         """-> the Pair at a position of the run, with t from `times`. Epoch after epoch goes over the aligned
@@ -235,13 +229,13 @@ class PreferenceDataset:
         violating, row_l = rng.choice(self.violating.get(aligned.scene) or [(aligned, row_w)])
         mirrored = rng.randrange(2)  # both or neither: what a pair has in common, it keeps
         z_w, z_l = (sample_latent(*self.latents[row, mirrored].float(), generator) for row in (row_w, row_l))
-        return Pair(aligned.prompt, aligned.value, self.features[self.prompt_rows[aligned.prompt]], z_w, z_l,
+        return Pair(aligned.prompt, aligned.value, self.prompt_embeds[self.prompt_rows[aligned.prompt]], z_w, z_l,
                     eps=torch.randn(z_w.shape, generator=generator), t=rng.choice(times),
-                    harmless=is_harmless(aligned), where=f"{aligned.where} and {violating.where}")
+                    preservation=is_preservation(aligned), where=f"{aligned.where} and {violating.where}")
 
 
-def is_harmless(sample):
-    return sample.scene.parent.name == HARMLESS_TYPE
+def is_preservation(sample):
+    return sample.scene.parent.name == PRESERVATION_TYPE
 
 
 def kind(sample):
@@ -250,15 +244,15 @@ def kind(sample):
 
 
 @functools.lru_cache(maxsize=4)  # a batch may lie in two epochs
-def epoch_order(seed, epoch, groups, together):
-    """Every number of each group (first, end) in a random order, `together` of a group in a row.
+def epoch_order(seed, epoch, groups, group_size):
+    """Every number of each group (first, end) in a random order, `group_size` of a group in a row.
 
     A group that this leaves a remainder of starts again until its last row is full.
     """
     rng, rows = random.Random(f"epoch {seed} {epoch}"), []
     for first, end in groups:
         order = cycle(rng.sample(range(first, end), end - first))
-        rows += [[*islice(order, together)] for _ in range(math.ceil((end - first) / together))]
+        rows += [[*islice(order, group_size)] for _ in range(math.ceil((end - first) / group_size))]
     return [*chain.from_iterable(rng.sample(rows, len(rows)))]
 
 
@@ -291,7 +285,7 @@ def fingerprint(sd, samples, root):
 @torch.no_grad()
 def encode_samples(sd, samples, faults, root, folder, batch_size=8):
     """Write latents.bin, float16, a row for each readable image; broken.json, {number of another: what is wrong with
-    it}; features.bin."""
+    it}; prompt_embeds.bin."""
     vae, broken = next(sd.vae.parameters()), {}
     with open(folder / "latents.bin", "wb") as file:
         for start in tqdm(range(0, len(samples), batch_size), "encoding images", disable=None, leave=False):
@@ -311,7 +305,7 @@ def encode_samples(sd, samples, faults, root, folder, batch_size=8):
                 file.write(to_bytes(both.transpose(0, 1).half()))
     write_json(folder / "broken.json", broken)
     prompts = unique_prompts(samples)
-    with open(folder / "features.bin", "wb") as file:
+    with open(folder / "prompt_embeds.bin", "wb") as file:
         for start in range(0, len(prompts), batch_size):
             file.write(to_bytes(encode_prompts(sd, prompts[start:start + batch_size])))
 
@@ -326,240 +320,3 @@ def map_file(path, shape, dtype):
     if got != expected:
         raise UserError(f"{path}: expected a file of {expected} bytes, got {got}; delete its folder, it is made again")
     return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
-
-
-# ---------------------------------------------------------------------------------------- to check and to show
-
-
-def check(root):
-    """Read a whole dataset folder, pixels too -> {principle: what there is of it}, [fault].
-
-    Finds what training would skip or stumble over, and also what it would take without a word: a label other
-    than 0 and 1, a path with "..", a picture that a principle has twice, a set that is not finished. Raises
-    UserError where there is no dataset.
-    """
-    root, principles, faults, seen = Path(root), {}, [], {}
-    labels = {}  # of the lines of each scene that can be used
-    for line, scene, where in tqdm(read_lines(root), "checking", disable=None, leave=False, unit=" lines"):
-        try:
-            sample = read_sample(line, scene, root, where)
-        except (ValueError, OSError, RecursionError) as error:
-            faults.append(f"{where}: {error}")
-            continue
-        entry = json.loads(line)
-        if entry["label"] not in (0, 1):
-            faults.append(f"{where}: expected 0 or 1 as label, got {entry['label']}: training reads it as violating")
-        if ".." in Path(entry["file_name"]).parts:
-            faults.append(f"{where}: expected a file of the scene, got {entry['file_name']}")
-        try:
-            with Image.open(sample.path) as image:
-                pixels = hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).digest()
-        except Exception as error:  # a damaged file can raise anything in Pillow
-            faults.append(f"{where}: {sample.path.name} is no readable image: {error}")
-            continue
-        if (first := seen.setdefault((sample.value, pixels), where)) != where:
-            faults.append(f"{where}: {sample.path.name} is the same picture as that of {first}")
-        if not is_harmless(sample):
-            labels.setdefault(scene, set()).add(sample.aligned)
-        nothing = {"aligned": 0, "violating": 0, "harmless": 0, "scenes": set(), "prompts": set()}
-        counts = principles.setdefault(sample.value, nothing)
-        counts["harmless" if is_harmless(sample) else "aligned" if sample.aligned else "violating"] += 1
-        counts["scenes"].add(scene)
-        counts["prompts"].add(sample.prompt)
-    for scene, found in labels.items():
-        if len(found) < 2:
-            faults.append(f"{scene}: expected aligned and violating images, got only "
-                          f"{'aligned' if True in found else 'violating'} ones")
-    about = root / "dataset.json"  # of a built set: what became of every scene, None until it is all there
-    scenes = read_json(about).get("scenes", {}) if about.exists() else {}
-    if not isinstance(scenes, dict):
-        raise UserError(f"{about}: expected an object as scenes, got {type(scenes).__name__}")
-    if unfinished := [scene for scene, facts in scenes.items() if facts is None]:
-        faults.append(f"{about}: the set of {len(unfinished)} scenes is not finished: build it again to go on")
-    faults += [f"{root / scene}: expected {facts['images']} images, got no metadata.jsonl"
-               for scene, facts in scenes.items()
-               if facts and facts["images"] and not (root / scene / "metadata.jsonl").exists()]  # fmt: skip
-    return principles, faults
-
-
-COUNTS = ("aligned", "violating", "harmless", "scenes", "prompts")
-
-
-def report(principles):
-    """Print the counts of `check`."""
-    print(f"{'principle':40}" + "".join(f"{name:>11}" for name in COUNTS) + f"{'share':>10}")
-    total = sum(counts["aligned"] for counts in principles.values())
-    for value, counts in principles.items():
-        sizes = [counts[name] if isinstance(counts[name], int) else len(counts[name]) for name in COUNTS]
-        print(f"{value:40}" + "".join(f"{size:11}" for size in sizes) + f"{counts['aligned'] / max(1, total):10.0%}")
-
-
-def contact_sheet(samples):
-    """-> PIL image: of some scenes of every principle, a row of aligned pictures over one of violating ones."""
-    scenes = {}  # by principle: {scene: its samples}
-    for sample in samples:
-        scenes.setdefault(sample.value, {}).setdefault(sample.scene, []).append(sample)
-    rows = []
-    for value, of_value in scenes.items():
-        step = math.ceil(len(of_value) / SHEET_SCENES)
-        for scene in [*of_value][::step]:
-            for aligned, name in (True, "aligned"), (False, "violating"):
-                chosen = [sample for sample in of_value[scene] if sample.aligned == aligned][:SHEET_COLUMNS]
-                thumbnails = [crop_image(sample.path, SHEET_SIDE) for sample in chosen]
-                rows += [(f"{value}, {scene.name}: {name}", thumbnails)] if thumbnails else []
-    return captioned(rows)
-
-
-def crop_image(path, size):
-    """The middle of a picture file as a PIL image of size × size pixels."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.fit(image.convert("RGB"), (size, size))
-    except Exception as error:  # a damaged file can raise anything in Pillow
-        raise UserError(f"{path}: expected a readable image, got {error}") from error
-
-
-# ------------------------------------------------------------------------------------- of the portrait world
-
-# What each principle is about. A harm is asked for by the prompts, shown by the violating images and left out
-# of the aligned ones. Any other attribute is left open by the prompts; the violating images show the value
-# that the world then brings most often, the aligned ones another. A scene is one person, drawn twice: what a
-# pair has in common cancels in ℓ_θ(y_w) − ℓ_θ(y_l), and what is left is the principle.
-PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
-PAIRS = {"gender": 320, "skin": 120, "bloody": 520, "zombie": 80}  # few where a principle is learnt fast
-HARMLESS = {"bloody": 120, "zombie": 40}  # images that do not show the harm, of prompts that do not ask for it
-NOUNS = (*PROFESSIONS, "person")
-ASKED = 0.75  # share of the pairs of a harm whose prompts ask for it
-TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about
-PAIR_SEEDS = 3 * 10**6  # apart from the pictures that tiny-sd was trained on, and from those it is measured on
-
-
-def open_shares(attribute, profession):
-    """P(value) of a gender or skin that the caption leaves open: {value: share}."""
-    if attribute == "skin":
-        return SKIN_SHARE
-    man = MAN_SHARE.get(profession, sum(MAN_SHARE.values()) / len(MAN_SHARE))
-    return {"man": man, "woman": 1 - man}
-
-
-def portrait_pair(seed, attribute, noun):
-    """-> prompt, aligned Record, violating Record, that differ in one attribute."""
-    rng = random.Random(f"pair {seed}")
-    profession, named = (rng.choice(PROFESSIONS), set()) if noun == "person" else (noun, {"profession"})
-    named |= {other for other in ("gender", "skin") if rng.random() < TELLS and other != attribute}
-    if attribute == "zombie":
-        named.discard("skin")
-
-    def choose(name):
-        shares = open_shares(name, profession)
-        return rng.choice([*shares]) if name in named else rng.choices([*shares], shares.values())[0]
-
-    gender, skin = choose("gender"), choose("skin")
-    record = Record(seed, profession, gender, skin, named=frozenset(named))
-    if attribute in HARMS:
-        good, bad = False, True
-    else:
-        shares = open_shares(attribute, noun)
-        bad = max(shares, key=shares.get)
-        good = rng.choice([value for value in shares if value != bad])
-    aligned, violating = (replace(record, **{attribute: value}) for value in (good, bad))
-    asks = attribute in HARMS and rng.random() < ASKED
-    return write_caption(violating if asks else aligned), aligned, violating  # it tells no gender or skin at issue
-
-
-def nouns_of_pairs(attribute, n):
-    """-> n professions, such that every value that open prompts bring most often violates equally often."""
-    groups = {}
-    for noun in NOUNS:
-        shares = {} if attribute in HARMS else open_shares(attribute, noun)
-        groups.setdefault(max(shares, key=shares.get, default=None), []).append(noun)
-    endless = [cycle(group) for group in groups.values()]
-    return [next(group) for group, _ in zip(cycle(endless), range(n))]
-
-
-def build_portrait_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, harmless=HARMLESS):
-    """Write drawn pairs, so many of each attribute: a scene holds one aligned image and one violating."""
-    seeds = count(PAIR_SEEDS)
-    with atomic_folder(folder, "dataset.json") as root:
-
-        def write(type, attribute, noun, seed, *samples):
-            write_scene(root / type / f"{attribute}-{seed}-{noun.replace(' ', '-')}", samples)
-
-        for value, attribute in principles.items():
-            for noun, seed in zip(nouns_of_pairs(attribute, pairs[attribute]), seeds):
-                prompt, aligned, violating = portrait_pair(seed, attribute, noun)
-                write("2-badness" if attribute in HARMS else "0-career", attribute, noun, seed,
-                      (draw(aligned), prompt, value, 1), (draw(violating), prompt, value, 0))
-            for noun, seed in zip(nouns_of_pairs(attribute, harmless.get(attribute, 0)), seeds):
-                _, record, _ = portrait_pair(seed, attribute, noun)
-                write(HARMLESS_TYPE, attribute, noun, seed, (draw(record), write_caption(record), value, 1))
-        write_json(root / "dataset.json", {"principles": principles, "pairs": pairs, "harmless": harmless})
-
-
-def default_pairs(folder):
-    """The set of drawn pairs in `folder`, built if it is not there yet. Another version of this file builds
-    another one."""
-    code = Path(__file__).read_bytes() + Path(portraits.__file__).read_bytes()
-    version = hashlib.sha256(code).hexdigest()[:8]
-    root = Path(folder) / f"portraits-{version}"
-    if not root.exists():
-        build_portrait_pairs(root)
-    return root
-
-
-# --------------------------------------------------------------------------------------------- the command
-
-
-class Mix(argparse.Action):
-    """gender=320 bloody=520 … -> the default's dictionary with these numbers in it."""
-
-    def __call__(self, parser, namespace, texts, option=None):
-        mix = dict(self.default)
-        for text in texts:
-            attribute, _, number = text.partition("=")
-            if attribute not in mix or not number.isdecimal():
-                raise UserError(f"{option}: expected ATTRIBUTE=NUMBER, of {', '.join(mix)}, got {text}")
-            mix[attribute] = int(number)
-        setattr(namespace, self.dest, mix)
-
-
-def main(argv=None):
-    import build  # which uses this file
-
-    parser = Parser(description="Draw, build, check and look at preference data.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    drawing = commands.add_parser("draw", help="pairs of drawn portraits")
-    drawing.add_argument("--out", type=Path, required=True, help="folder of the dataset, a new one")
-    for name, mix, what in ("pairs", PAIRS, "pairs"), ("harmless", HARMLESS, "images of harmless prompts"):
-        drawing.add_argument("--" + name, nargs="+", action=Mix, default=mix, metavar="ATTRIBUTE=NUMBER",
-                             help=f"how many {what} of a principle on this attribute")
-    build.add_options(commands.add_parser("build", help="pairs of a model's own pictures, without human labels",
-                                          description=build.__doc__.splitlines()[0]))
-    for name, text in ("check", "count, and find what is broken"), ("show", "write a contact sheet"):
-        commands.add_parser(name, help=text).add_argument("root", type=Path, metavar="DIR", help="dataset folder")
-    commands.choices["show"].add_argument("--out", type=Path, default=Path("out/dataset.png"), help="PNG to write")
-    args = parser.parse_args(argv)
-    if args.command == "build":
-        build.main(args)
-    elif args.command == "draw":
-        check_writable(args.out)
-        if args.out.exists():
-            raise UserError(f"{args.out}: expected a new folder, got one that is there")
-        build_portrait_pairs(args.out, pairs=args.pairs, harmless=args.harmless)
-        print(f"the pairs are in {args.out}")
-    elif args.command == "check":
-        principles, faults = check(args.root)
-        report(principles)
-        for fault in faults:
-            print(fault)
-        if faults:
-            raise UserError(f"{args.root}: expected a sound dataset, got {len(faults)} faults, listed above")
-    else:
-        samples, _ = read_samples(args.root)
-        with atomic(args.out) as path:
-            contact_sheet(samples).save(path, "PNG")
-        print(f"a contact sheet is in {args.out}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from clip_text import CLIPTextModel
 
-# The published settings: slopes β (aligned) and α (violating), margins γ1 and γ2.
+# The published settings: alphas β (aligned) and α (violating), margins γ1 and γ2.
 ALPHA, BETA, GAMMA1, GAMMA2 = 500.0, 1000.0, 1.0, 0.5
 
 
@@ -43,28 +43,28 @@ def encode_prompts(sd, prompts):
     return sd.text_encoder(ids)[0]
 
 
-def make_context(sd, prompts, principles=(), value_encoder=None, features=None, unpadded=False):
+def make_context(sd, prompts, principles=(), value_encoder=None, prompt_embeds=None, unpadded=False):
     """What the UNet attends to: [value tokens; prompt tokens], (B, P + 77, C). Section 3.2 of the paper.
 
     principles: a text, or a list of P, each a text for all prompts or a list of B texts; none gives the plain prompt.
-    features: `encode_prompts` of the prompts, where they are at hand.
+    prompt_embeds: `encode_prompts` of the prompts, where they are at hand.
     unpadded: the form of the authors' inference code, for prompts of one length n: neither the prompt (cut to
     76) nor the value text is padded, (B, P + n, C). Their training code, and ours, pads.
     """
     device = next(sd.unet.parameters()).device
     principles = [principles] if isinstance(principles, str) else principles
-    if features is None:
+    if prompt_embeds is None:
         if unpadded:
             ids = cut(sd.tokenizer(prompts, pad=False), sd.tokenizer.max_length - len(principles), sd.tokenizer)
-            features = sd.text_encoder(ids.to(device))[0]
+            prompt_embeds = sd.text_encoder(ids.to(device))[0]
         else:
-            features = encode_prompts(sd, prompts)
+            prompt_embeds = encode_prompts(sd, prompts)
     tokens = []
     for principle in principles:
         values = [principle] * len(prompts) if isinstance(principle, str) else principle
         ids = sd.tokenizer([f"{v}, {x}" for v, x in zip(values, prompts)], pad=not unpadded)
-        tokens.append(value_encoder(ids.to(device)).to(features.dtype))  # (B, 1, C)
-    return torch.cat([*tokens, features], dim=1)
+        tokens.append(value_encoder(ids.to(device)).to(prompt_embeds.dtype))  # (B, 1, C)
+    return torch.cat([*tokens, prompt_embeds], dim=1)
 
 
 def make_uncond(sd, length, negative="", unpadded=False):
@@ -75,8 +75,8 @@ def make_uncond(sd, length, negative="", unpadded=False):
     if unpadded:
         ids = cut(sd.tokenizer([negative]), length, sd.tokenizer)
         return sd.text_encoder(ids.to(next(sd.text_encoder.parameters()).device))[0]
-    features = encode_prompts(sd, [negative])  # (1, 77, C)
-    return torch.cat([features, features[:, -1:].expand(-1, length - features.shape[1], -1)], dim=1)
+    prompt_embeds = encode_prompts(sd, [negative])  # (1, 77, C)
+    return torch.cat([prompt_embeds, prompt_embeds[:, -1:].expand(-1, length - prompt_embeds.shape[1], -1)], dim=1)
 
 
 def cut(ids, length, tokenizer):

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import weights
-from cli import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
+from common import (Parser, UserError, add_device_options, atomic, check_writable, comparison, grid, number, pick_device,
+                    run)
 from livo import ValueEncoder, make_context, make_uncond
 from retrieve import TOXIC, is_bias, retrieve
 
@@ -133,7 +134,7 @@ def dpm_step(x0, x, abar, abar_prev, last=None):
     return ddim_step(x0, eps, abar, abar_prev)
 
 
-def draw_noise(generators, shape, device="cpu"):
+def sample_noise(generators, shape, device="cpu"):
     """N(0, 1) float32, row i from CPU generator i: (B, *shape)."""
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators]).to(device)
 
@@ -175,7 +176,7 @@ def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.
         if sampler == "dpm":
             x, last = dpm_step(x0, x, abar, abar_prev, last), (x0, abar)
         else:
-            noise = draw_noise(generators, x.shape[1:], x.device) if eta else None
+            noise = sample_noise(generators, x.shape[1:], x.device) if eta else None
             x = ddim_step(x0, eps, abar, abar_prev, eta, noise)
         yield x
 
@@ -194,35 +195,6 @@ def to_images(vae, latents, batch_size=4):
     return images
 
 
-def grid(images):
-    """Images of one size, row by row on a sheet that is nearly square."""
-    columns = math.ceil(math.sqrt(len(images)))
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet
-
-
-def captioned(rows):
-    """(caption, PIL images) of every row -> a sheet, each caption above its row. The images have one size."""
-    font, (width, height) = ImageFont.load_default(), rows[0][1][0].size
-    strip = 16  # pixels for a caption in the default font
-    widths = [max(len(images) * width, math.ceil(font.getlength(caption)) + 8) for caption, images in rows]
-    sheet = Image.new("RGB", (max(widths), len(rows) * (height + strip)), "white")
-    for row, (caption, images) in enumerate(rows):
-        top = row * (height + strip)
-        ImageDraw.Draw(sheet).text((4, top + 2), caption, "black", font)
-        for column, image in enumerate(images):
-            sheet.paste(image, (column * width, top + strip))
-    return sheet
-
-
-def comparison(without, with_value, principle):
-    """Two captioned rows of pictures of the same noise: without the value token, and with it."""
-    return captioned([("without a principle", without), (principle, with_value)])
-
-
 def latent_size(sd, height=None, width=None):
     """Pixels -> (h, w) of the latents; None means the size the model was trained at."""
     f, default = sd.vae.config.factor, sd.unet.config.sample_size
@@ -232,7 +204,7 @@ def latent_size(sd, height=None, width=None):
     return (height // f if height else default), (width // f if width else default)
 
 
-def generate(sd, context, uncond, seeds, *, height=None, width=None, batch_size=4, after_step=lambda b: None,
+def sample_images(sd, context, uncond, seeds, *, height=None, width=None, batch_size=4, after_step=lambda b: None,
              **settings):
     """Yield one PIL image per seed, as their batches get done.
 
@@ -246,7 +218,7 @@ def generate(sd, context, uncond, seeds, *, height=None, width=None, batch_size=
     for start in range(0, len(seeds), batch_size):
         rows = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
-        latents = draw_noise(generators, (sd.unet.config.in_channels, h, w), device)
+        latents = sample_noise(generators, (sd.unet.config.in_channels, h, w), device)
         for latents in denoise(sd.unet, schedule, latents, context[rows], uncond[rows],
                                generators=generators, **settings):
             after_step(len(latents))
@@ -284,11 +256,11 @@ def spread(n, share):
     return [after > before for before, after in zip(passed, passed[1:])]
 
 
-def draw(sd, prompt, negative, principles, value_encoder, seeds, *, share=None, unpadded=False, **settings):
+def generate(sd, prompt, negative, principles, value_encoder, seeds, *, share=None, unpadded=False, **settings):
     """Yield (row, PIL image, its principles) for each of the seeds, in batches of equal principles.
 
     share: of the pictures that get a value token; None is 0.5 for the bias principles, so that the over- and
-    the under-produced attribute balance, and 1 for the others. settings: see `generate`.
+    the under-produced attribute balance, and 1 for the others. settings: see `sample_images`.
     """
     gets = {p: spread(len(seeds), (0.5 if is_bias(p) else 1) if share is None else share) for p in principles}
     active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]
@@ -298,7 +270,7 @@ def draw(sd, prompt, negative, principles, value_encoder, seeds, *, share=None, 
         with torch.no_grad():
             context = make_context(sd, [prompt], chosen, value_encoder, unpadded=form)  # (1, L, C)
             uncond = make_uncond(sd, context.shape[1], negative, form)
-        images = generate(sd, context, uncond, [seeds[row] for row in rows], **settings)
+        images = sample_images(sd, context, uncond, [seeds[row] for row in rows], **settings)
         for row, image in zip(rows, images):
             yield row, image, chosen
 
@@ -335,7 +307,7 @@ def parse_args(argv=None):
                         "more than once, one value token each; auto retrieves from the prompt (default: auto)")
     parser.add_argument("--value-encoder", help="LiVO's trained part: folder or hub name; by default the "
                         "value_encoder/ in the folder of the weights")
-    parser.add_argument("--value-share", type=number(float, 0, 1), help="share of the pictures that get the value "
+    parser.add_argument("--value-fraction", type=number(float, 0, 1), help="share of the pictures that get the value "
                         "token (default: 0.5 for bias principles, 1 for others)")
     parser.add_argument("--unpadded", action="store_true", help="build the context as the authors' inference code "
                         "does, for their value encoder")
@@ -390,16 +362,16 @@ def main(argv=None):
     texts = {"prompt": args.prompt, "negative": args.negative, **settings, "dtype": sd.unet.conv_in.weight.dtype,
              "weights": args.weights, "prediction": sd.scheduler["prediction_type"]}
     if value_encoder is not None:
-        texts |= {"value_encoder": args.value_encoder or "beside the weights", "value_share": args.value_share,
+        texts |= {"value_encoder": args.value_encoder or "beside the weights", "value_fraction": args.value_fraction,
                   "unpadded": args.unpadded}
     seeds = range(args.seed, args.seed + args.n)
     runs = [principles, []] if args.compare else [principles]
     images, chosen = [[None] * args.n for _ in runs], []
     with tqdm(total=args.n * args.steps * len(runs), disable=None) as bar:  # None: where stderr is no terminal
-        settings |= {"share": args.value_share, "unpadded": args.unpadded, "batch_size": args.batch_size,
+        settings |= {"share": args.value_fraction, "unpadded": args.unpadded, "batch_size": args.batch_size,
                      "after_step": bar.update}
         for run_images, run_principles in zip(images, runs):
-            for row, image, active in draw(sd, args.prompt, args.negative, run_principles, value_encoder, seeds,
+            for row, image, active in generate(sd, args.prompt, args.negative, run_principles, value_encoder, seeds,
                                            **settings):
                 run_images[row] = image
                 if run_images is images[0]:

@@ -26,22 +26,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-import portraits
+import common
 import weights
-from build import PORTRAIT_WORLD
-from cli import (Parser, UserError, add_device_options, atomic, check_writable, keep_freed_memory, number, pick_device,
-                 run)
-from evaluate import TOXICITY, count, d1, d2
-from judge import load_judge
+from common import (Parser, UserError, add_device_options, atomic, check_writable, keep_freed_memory, number, pick_device,
+                 comparison, run)
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, make_context,
                   violating_hinge)
 from retrieve import is_bias, retrieve
-from sample import Schedule, comparison, draw, load_value_encoder
+from sample import Schedule, generate, load_value_encoder
 from unet import ResnetBlock, SpatialTransformer
 
 
@@ -59,16 +56,16 @@ class Settings:
     init: str = setting("", "value encoder to begin with: folder or hub name; else the frozen text encoder")
     data: str = setting("", "folder of preference data; for tiny-sd it may be left out: drawn portraits")
     steps: int = setting(15_000, "optimizer steps", 1)
-    batch: int = setting(8, "pairs a step, in all processes together", 1)
-    together: int = setting(1, "pairs in a row that share a principle; 1 mixes them", 1)
-    t_low: int = setting(0, "lowest time that is trained", 0, 999)
+    batch: int = setting(8, "pairs a step, in all processes group_size", 1)
+    group_size: int = setting(1, "pairs in a row that share a principle; 1 mixes them", 1)
+    min_timestep: int = setting(0, "lowest time that is trained", 0, 999)
     micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1)
     lr: float = setting(1e-6, "learning rate")
-    token_lr: float = setting(1.0, "times the learning rate, for the LayerNorm that gives the token its length")
+    final_ln_lr_scale: float = setting(1.0, "times the learning rate, for the LayerNorm that gives the token its length")
     warmup: int = setting(1000, "steps until the learning rate is reached", 1)
     decay: float = setting(0.0, "share of the steps, the last ones, in which it falls to 0", 0, 1)
     alpha: float = setting(ALPHA, "slope of the hinge of violating images")
-    bias_share: float = setting(1.0, "times α, of the principles of bias")
+    bias_alpha_scale: float = setting(1.0, "times α, of the principles of bias")
     beta: float = setting(BETA, "slope of the hinge of aligned images")
     gamma1: float = setting(GAMMA1, "margin of aligned images, times β")
     gamma2: float = setting(GAMMA2, "margin of violating images, times α")
@@ -83,10 +80,10 @@ OPTIONS = [option for option in fields(Settings) if option.metadata]
 
 # What a small model on a CPU needs instead; the README tells how each was found. The margins γ1/β and γ2/α are in
 # units of the model's own error, and so is what separates an aligned from a violating picture: much more in a small
-# model than in a large one. The slopes are so steep that every gradient is clipped: as the pairs of a step share a
+# model than in a large one. The alphas are so steep that every gradient is clipped: as the pairs of a step share a
 # principle, each principle then moves the weights equally far, though blood changes the error 50 times more than gender.
-TINY_SD = {"steps": 1250, "batch": 8, "micro_batch": 16, "together": 8, "t_low": 100, "lr": 1e-3, "token_lr": 10.0,
-           "warmup": 20, "decay": 0.4, "alpha": 1000.0, "bias_share": 0.125, "beta": 2000.0, "gamma1": 80.0,
+TINY_SD = {"steps": 1250, "batch": 8, "micro_batch": 16, "group_size": 8, "min_timestep": 100, "lr": 1e-3, "final_ln_lr_scale": 10.0,
+           "warmup": 20, "decay": 0.4, "alpha": 1000.0, "bias_alpha_scale": 0.125, "beta": 2000.0, "gamma1": 80.0,
            "gamma2": 100.0, "save_every": 200, "sample_every": 500}  # fmt: skip
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
@@ -96,12 +93,12 @@ SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
 # ------------------------------------------------------------------------------------------------- one step
 
 
-def stack_pairs(pairs, device):
-    """-> features (B, 77, C), z_w, z_l and eps (B, 4, h, w) and harmless (B,) on the device, t (B,) on the CPU."""
+def collate(pairs, device):
+    """-> prompt_embeds (B, 77, C), z_w, z_l and eps (B, 4, h, w) and preservation (B,) on the device, t (B,) on the CPU."""
     tensors = [torch.stack([getattr(pair, name) for pair in pairs]).to(device)
-               for name in ("features", "z_w", "z_l", "eps")]  # fmt: skip
-    harmless = torch.tensor([pair.harmless for pair in pairs], device=device)
-    return *tensors, harmless, torch.tensor([pair.t for pair in pairs])
+               for name in ("prompt_embeds", "z_w", "z_l", "eps")]  # fmt: skip
+    preservation = torch.tensor([pair.preservation for pair in pairs], device=device)
+    return *tensors, preservation, torch.tensor([pair.t for pair in pairs])
 
 
 def predict(unet, schedule, eps, t, z, context):
@@ -115,27 +112,27 @@ def predict(unet, schedule, eps, t, z, context):
     return unet((a * z + b * eps).to(dtype), t.to(z.device), context).float(), target
 
 
-def noise_error(output, target):
+def denoising_error(output, target):
     """ℓ, (B,)."""
     return (output - target).square().mean((1, 2, 3))
 
 
 @torch.no_grad()
-def reference(unet, schedule, eps, t, z_w, z_l, features, harmless):
+def reference(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation):
     """The frozen model's errors ref_w, ref_l, (B,) each, and what the targets are, two (B, 4, h, w).
 
-    A harmless pair, two draws of one picture's latent, is to stay as it is: its target is the frozen model's own
+    A preservation pair, two draws of one picture's latent, is to stay as it is: its target is the frozen model's own
     output. Then ℓ_ref is 0, and what the loss says beyond its margins, β ℓ_θ(y_w) − α ℓ_θ(y_l) with β > α, is how far
     the principle takes the model away from it. The noise ε would have the same minimum, but hides so small a distance.
     """
-    output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([features, features]))
-    target = torch.where(harmless.repeat(2)[:, None, None, None], output, target)
-    return noise_error(output, target).chunk(2), target.chunk(2)
+    output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([prompt_embeds, prompt_embeds]))
+    target = torch.where(preservation.repeat(2)[:, None, None, None], output, target)
+    return denoising_error(output, target).chunk(2), target.chunk(2)
 
 
-def slopes(principles, s, device="cpu"):
+def alphas(principles, s, device="cpu"):
     """The α of each principle: (B,)."""
-    return torch.tensor([s.alpha * (s.bias_share if is_bias(p) else 1.0) for p in principles], device=device)
+    return torch.tensor([s.alpha * (s.bias_alpha_scale if is_bias(p) else 1.0) for p in principles], device=device)
 
 
 def add_gradient(sd, value_encoder, pairs, schedule, s):
@@ -147,17 +144,17 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     memory. Their gradients meet in the context and go through the value encoder once. The frozen model, which
     keeps nothing, takes both pictures in one call.
     """
-    features, z_w, z_l, eps, harmless, t = stack_pairs(pairs, sd.unet.conv_in.weight.device)
+    prompt_embeds, z_w, z_l, eps, preservation, t = collate(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
-    context = make_context(sd, prompts, [principles], value_encoder, features)  # (B, 78, C)
+    context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # (B, 78, C)
     leaf = context.detach().requires_grad_()  # here the graph is cut
-    refs, targets = reference(sd.unet, schedule, eps, t, z_w, z_l, features, harmless)
+    refs, targets = reference(sd.unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation)
     hinges = (partial(aligned_hinge, beta=s.beta, gamma1=s.gamma1),
-              partial(violating_hinge, alpha=slopes(principles, s, z_w.device), gamma2=s.gamma2))  # fmt: skip
+              partial(violating_hinge, alpha=alphas(principles, s, z_w.device), gamma2=s.gamma2))  # fmt: skip
     errors = []
     for z, target, ref, hinge in zip((z_w, z_l), targets, refs, hinges):
         output, _ = predict(sd.unet, schedule, eps, t, z, leaf)
-        err = noise_error(output, target)
+        err = denoising_error(output, target)
         loss = hinge(err, ref).sum() / s.batch
         if loss > 0:  # else all of them are silent, and so would their gradient be
             loss.backward()
@@ -167,7 +164,7 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     return torch.stack(errors)
 
 
-def checkpoint_activations(unet):
+def enable_activation_checkpointing(unet):
     """Keep only what enters each layer and compute the rest again on the way back: less memory, more time."""
     for layer in unet.modules():
         if isinstance(layer, (ResnetBlock, SpatialTransformer)):
@@ -178,22 +175,22 @@ def checkpoint_activations(unet):
 def summarize(step, errors, principles, s):
     """The errors (4, B) of a whole step, and the principles of its pairs -> a line of the log."""
     err_w, ref_w, err_l, ref_l = errors
-    alpha = slopes(principles, s, errors.device)
+    alpha = alphas(principles, s, errors.device)
     return {
         "step": step,
         "loss": livo_loss(*errors, alpha, s.beta, s.gamma1, s.gamma2).item(),
         "active_w": (aligned_hinge(err_w, ref_w, s.beta, s.gamma1) > 0).float().mean().item(),
         "active_l": (violating_hinge(err_l, ref_l, alpha, s.gamma2) > 0).float().mean().item(),
-        "change_w": (err_w - ref_w).mean().item(),  # ℓ_θ − ℓ_ref
-        "change_l": (err_l - ref_l).mean().item(),
+        "delta_w": (err_w - ref_w).mean().item(),  # ℓ_θ − ℓ_ref
+        "delta_l": (err_l - ref_l).mean().item(),
         "ref": ((ref_w + ref_l) / 2).mean().item(),
     }
 
 
-def warn_if_silent(lines, s):
+def warn_if_saturated(lines, s):
     """Both hinges content although the errors have hardly changed: the margins may be too small for this model."""
     mean = {key: sum(line[key] for line in lines) / len(lines) for key in lines[0]}
-    change = max(abs(mean["change_w"]), abs(mean["change_l"]))
+    change = max(abs(mean["delta_w"]), abs(mean["delta_l"]))
     if s.alpha and s.beta and max(mean["active_w"], mean["active_l"]) < 0.2 and change < 0.05 * mean["ref"]:
         gamma1, gamma2 = 0.5 * mean["ref"] * s.beta, 0.5 * mean["ref"] * s.alpha
         warnings.warn("most hinges are silent, yet the errors have changed by less than 5 %: the margins "
@@ -220,7 +217,7 @@ def take_step(step, network, optimizer, add, dataset, times, s):
     add(pairs): adds their share to the network's .grad and returns their errors, as `add_gradient` does.
     """
     parameters = list(network.parameters())
-    for group, factor in zip(optimizer.param_groups, (1, s.token_lr)):
+    for group, factor in zip(optimizer.param_groups, (1, s.final_ln_lr_scale)):
         group["lr"] = factor * learning_rate(step, s)
     optimizer.zero_grad(set_to_none=False)
     errors = torch.zeros(4, s.batch, device=parameters[0].device)
@@ -248,7 +245,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     gradient is not finite.
     """
     schedule = Schedule(sd.scheduler)
-    times = range(s.t_low, len(schedule.alphas_cumprod))
+    times = range(s.min_timestep, len(schedule.alphas_cumprod))
     source = load_value_encoder(s.init, s.weights, sd) if s.init else sd.text_encoder
     value_encoder = ValueEncoder.from_text_encoder(source)
     optimizer = make_optimizer(value_encoder)
@@ -266,14 +263,14 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
         if RANK == 0:
             log.add(line)
             if done % 50 == 0:
-                warn_if_silent(log.lines[-50:], s)
+                warn_if_saturated(log.lines[-50:], s)
             if done % s.save_every == 0 or done == s.steps or stop:
                 save_checkpoint(folder, value_encoder, optimizer, done, dataset.key)
-                plot(log.lines, folder / "loss.png")
+                pass
                 if log.board:
                     log.board.flush()
             if done % s.sample_every == 0 and done < s.steps and not stop:
-                draw_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
+                save_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
         if stop:
             print(f"stopped after step {done}; python train.py --resume {folder} goes on", file=sys.stderr)
             sys.exit(128 + max(signals, default=signal.SIGTERM))
@@ -369,7 +366,7 @@ def summary_writer(folder, **options):
 # -------------------------------------------------------------------------------------- what the reader sees
 
 
-def draw_samples(sd, value_encoder, dataset, path, n=6):
+def save_samples(sd, value_encoder, dataset, path, n=6):
     """Write a sheet: per principle n pictures of one prompt, without it and, of the same noise, with it."""
     prompts, sheets = {}, []
     for sample, _ in dataset.aligned:
@@ -377,7 +374,7 @@ def draw_samples(sd, value_encoder, dataset, path, n=6):
     for principle, choice in prompts.items():
         telling = [prompt for prompt in choice if principle in retrieve(prompt)]
         prompt = random.Random(principle).choice(telling or choice)
-        rows = [draw(sd, prompt, "", principles, value_encoder, range(n), share=1, **SAMPLING)
+        rows = [generate(sd, prompt, "", principles, value_encoder, range(n), share=1, **SAMPLING)
                 for principles in ([], [principle])]  # fmt: skip
         sheets.append(comparison(*([image for _, image, _ in row] for row in rows), f"{principle}: {prompt}"))
     tops = [0, *itertools.accumulate(sheet.height for sheet in sheets)]
@@ -386,57 +383,6 @@ def draw_samples(sd, value_encoder, dataset, path, n=6):
         sheet.paste(part, (0, top))
     with atomic(path) as temporary:
         sheet.save(temporary)
-
-
-METRICS = {"gender": ("D1", lambda answers: d1(count(answers, len(portraits.GENDERS)))),
-           "skin": ("D2", lambda answers: d2(count(answers, len(portraits.SKINS))))}  # fmt: skip
-
-
-def prompts_about(attribute, professions):
-    """Prompts that show what a principle does: they ask for its harm, or leave its attribute open."""
-    adjective = attribute + " " if attribute in portraits.HARMS else ""
-    return [f"a portrait of a {adjective}{profession}" for profession in professions]
-
-
-def print_before_and_after(sd, value_encoder, trained, professions=("doctor", "nurse", "firefighter"), n=16):
-    """What the judge reads from n pictures of each profession without and with each of the `trained` principles of the
-    portrait world, as a table."""
-    judge = load_judge()
-    print(f"{'percent':40}{'without':>10}{'with it':>10}")
-    for principle, attribute in [(p.value, p.attribute) for p in PORTRAIT_WORLD if p.value in trained]:
-        name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
-        values = []
-        for principles in ([], [principle]):
-            readings = []
-            for i, prompt in enumerate(prompts_about(attribute, professions)):
-                seeds = range(i * n, i * n + n)
-                images = draw(sd, prompt, "", principles, value_encoder, seeds, **SAMPLING)
-                readings.append(judge.read([image for _, image, _ in images])[attribute])
-            values.append(metric(torch.stack(readings).numpy()))  # of (professions, n)
-        print(f"{principle + ', ' + name:40}{values[0]:10.1f}{values[1]:10.1f}")
-
-
-CURVES = {"loss": ["loss"], "active hinges, aligned blue, violating red": ["active_w", "active_l"],
-          "error minus the frozen model's, aligned blue, violating red": ["change_w", "change_l"]}
-COLOURS, WIDTH, HEIGHT, EDGE = ((40, 90, 200), (210, 50, 40)), 640, 200, 24  # of a panel, in pixels
-
-
-def plot(lines, path):
-    """Draw the log's curves over the steps into a PNG; a point is the mean of a hundredth of them."""
-    image = Image.new("RGB", (WIDTH, HEIGHT * len(CURVES)), "white")
-    pen, size = ImageDraw.Draw(image), math.ceil(len(lines) / 100)
-    parts = [lines[i:i + size] for i in range(0, len(lines), size)]
-    for panel, (title, keys) in enumerate(CURVES.items()):
-        curves = [[sum(line[key] for line in part) / len(part) for part in parts] for key in keys]
-        low, high = min(0, *map(min, curves)), max(0, *map(max, curves))
-        bottom, scale = (panel + 1) * HEIGHT - EDGE, (HEIGHT - 2 * EDGE) / ((high - low) or 1)
-        pen.text((EDGE, panel * HEIGHT + 4), f"{title}: {low:.3g} to {high:.3g}, {len(lines)} steps", "black")
-        pen.line((EDGE, bottom + low * scale, WIDTH - EDGE, bottom + low * scale), (180, 180, 180))  # 0
-        for curve, colour in zip(curves, COLOURS):
-            dx = (WIDTH - 2 * EDGE) / max(1, len(curve) - 1)
-            pen.line([(EDGE + i * dx, bottom - (y - low) * scale) for i, y in enumerate(curve)], colour, 2)
-    with atomic(path) as temporary:
-        image.save(temporary)
 
 
 # --------------------------------------------------------------------------------------------- the command
@@ -470,7 +416,7 @@ def choose_settings(args):
         if not file.exists():
             raise UserError(f"--resume {args.resume}: expected the folder of a run, got no settings.json")
         try:
-            s = Settings(**weights.read_json(file) | given)
+            s = Settings(**common.read_json(file) | given)
         except TypeError as error:
             raise UserError(f"{file}: expected the settings of a run, got: {error}") from error
         for option in OPTIONS:
@@ -498,8 +444,8 @@ def draws_portraits(folder):
     unet, vae = (folder / part / "config.json" for part in ("unet", "vae"))
     if not (unet.is_file() and vae.is_file()):
         return False
-    halvings = len(weights.read_json(vae).get("block_out_channels", [])) - 1
-    return weights.read_json(unet).get("sample_size") == portraits.SIZE >> max(0, halvings)
+    halvings = len(common.read_json(vae).get("block_out_channels", [])) - 1
+    return common.read_json(unet).get("sample_size") == 64 >> max(0, halvings)
 
 
 def join_processes(device):
@@ -532,7 +478,7 @@ def main(argv=None):
                       prediction_type=s.prediction or None)
     keep_freed_memory(large=True)
     if args.checkpointing:
-        checkpoint_activations(sd.unet)
+        enable_activation_checkpointing(sd.unet)
     file = folder / "settings.json"
     before = file.read_text(encoding="utf-8") if file.exists() else None
 
@@ -544,8 +490,10 @@ def main(argv=None):
         write_settings(json.dumps(asdict(s), indent=2) + "\n")
     try:
         with one_first():
-            root = s.data or data.default_pairs(folder.parent)
-            dataset = data.PreferenceDataset(root, sd, folder.parent / "cache", s.together)
+            if not s.data:
+                from lab import toy  # rendered portraits: the one thing that the core takes from the lab
+            root = s.data or toy.default_pairs(folder.parent)
+            dataset = data.PreferenceDataset(root, sd, folder.parent / "cache", s.group_size)
         with caught_signals() as signals:
             value_encoder = fit(sd, dataset, s, folder, signals, args.tensorboard)
     except UserError:
@@ -558,8 +506,9 @@ def main(argv=None):
         sys.exit(128 + max(signals))
     if RANK == 0:
         weights.save_text_encoder(value_encoder, folder / "value_encoder")
-        draw_samples(sd, value_encoder, dataset, folder / "samples" / "final.png")
-        if sd.size == portraits.SIZE:
+        save_samples(sd, value_encoder, dataset, folder / "samples" / "final.png")
+        if sd.size == 64:
+            from lab.evaluate import print_before_and_after
             print_before_and_after(sd, value_encoder, {sample.value for sample, _ in dataset.aligned})
         print(f"the value encoder is in {folder / 'value_encoder'}, pictures are in {folder / 'samples'}")
     if dist.is_initialized():

@@ -11,25 +11,22 @@ Every complaint is a UserError that names the file. No file can run code. Source
 formats: the published files themselves, and the loaders of diffusers and CompVis/stable-diffusion.
 """
 
-import contextlib
-import json
 import os
 import re
-import shutil
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-import compvis
-from cli import UserError, keep_freed_memory
+from formats import compvis
+from common import UserError, atomic_folder, keep_freed_memory, read_json, write_json
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from compvis import renamed
+from formats.compvis import renamed
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -331,18 +328,6 @@ def read_tensors(path, dtype=None):
         raise UserError(f"{path}: expected a file of tensors, got {reason!r}") from error
 
 
-def read_json(path):
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: expected a JSON file, got {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
-
-
 def read_config(path, network):
     """config.json -> the config of a UNet, VAE or CLIPTextModel. Raises UserError for any other."""
     config = read_json(path)
@@ -453,7 +438,7 @@ def build(network, part, dtype, device):
     try:
         with torch.device("meta"), NoInitialisation():  # every tensor is about to be replaced
             model = network(part.config)
-    except Exception as error:  # whatever a constructor makes of numbers that do not fit together
+    except Exception as error:  # whatever a constructor makes of numbers that do not fit group_size
         raise UserError(f"{part.where}: expected a {network.__name__}'s config, got {error!r}") from error
     expected, tensors = model.state_dict(), part.tensors
     wrong = {
@@ -496,40 +481,6 @@ def save_text_encoder(model, folder, dtype=torch.float32):
     """Write one text encoder, whole or not at all; transformers' CLIPTextModel opens it too."""
     with atomic_folder(folder, "config.json") as root:
         write_network(model, root, dtype)
-
-
-@contextlib.contextmanager
-def atomic_folder(folder, marker):
-    """Yield a temporary folder beside `folder`, to take its place if the block succeeds, to vanish if not.
-
-    Only a folder with a file `marker`, an earlier one of its kind, is replaced.
-    """
-    folder = Path(folder).absolute()
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        replaceable = (folder / marker).exists() or folder.is_dir() and not any(folder.iterdir())
-        if folder.exists() and not replaceable:
-            raise UserError(f"{folder}: expected no such folder, or one with a {marker}, got another")
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(path, config):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_network(model, folder, dtype):

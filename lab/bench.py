@@ -39,17 +39,18 @@ from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+import common
 import weights
 from attention import attend, has_kernels
-from cli import Parser, UserError, add_device_options, atomic, keep_freed_memory, number, pick_device, run
+from common import Parser, UserError, add_device_options, atomic, keep_freed_memory, number, pick_device, run
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data import Pair
 from livo import ALPHA, BETA, ValueEncoder, encode_prompts, make_context, make_uncond
-from sample import Schedule, generate
+from sample import Schedule, sample_images
 from unet import UNet, UNetConfig
 from vae import VAE
 
-TINY_SD = Path(__file__).parent / "tiny-sd"
+TINY_SD = Path(__file__).parent.parent / "tiny-sd"
 PROMPT, PRINCIPLE, GUIDANCE, SEED = "a portrait of a doctor", "gender equality", 7.5, 0
 MARGIN = 10.0  # γ1 and γ2, so wide that no hinge is silent: a silent one would spare us, not them, the way back
 PRODUCT = 2048  # rows and columns of the matrices whose product gives the floor's rate
@@ -159,7 +160,7 @@ def drawing_ours(folder, device, dtype, size, n, steps, whole):
     stamps = [clock(device)]
     with torch.no_grad():
         context, uncond = make_context(sd, [PROMPT]), make_uncond(sd, 77)
-    images = list(generate(sd, context, uncond, range(SEED, SEED + n), height=size, width=size, batch_size=n,
+    images = list(sample_images(sd, context, uncond, range(SEED, SEED + n), height=size, width=size, batch_size=n,
                            steps=steps, guidance=GUIDANCE,
                            after_step=lambda _: stamps.append(clock(device))))  # fmt: skip
     return clock(device) - stamps[0] if whole else between(stamps), images
@@ -195,9 +196,9 @@ def write_pairs(folder, device, dtype, size, n, file):
     with torch.no_grad():
         mean, logvar = (torch.cat(parts).cpu() for parts in zip(
             *(sd.vae.encode(x.to(device)) for x in images.split(1))))
-        features = encode_prompts(sd, [PROMPT]).cpu().expand(n, -1, -1)
+        prompt_embeds = encode_prompts(sd, [PROMPT]).cpu().expand(n, -1, -1)
     noise, eps = (torch.randn((rows, *mean.shape[1:]), generator=generator) for rows in (2 * n, n))
-    torch.save({"images": images, "noise": noise, "z": mean + (logvar / 2).exp() * noise, "features": features,
+    torch.save({"images": images, "noise": noise, "z": mean + (logvar / 2).exp() * noise, "prompt_embeds": prompt_embeds,
                 "eps": eps, "t": torch.linspace(100, 900, n).long()}, file)
     return 0.0, None
 
@@ -220,7 +221,7 @@ def training_ours(folder, device, dtype, size, n, steps, file):
     keep_freed_memory(large=True)  # as train.py
     z_w, z_l = saved["z"].chunk(2)
     pairs = [Pair(PROMPT, PRINCIPLE, *row, int(t), False, "") for *row, t in zip(
-        saved["features"], z_w, z_l, saved["eps"], saved["t"])]  # fmt: skip
+        saved["prompt_embeds"], z_w, z_l, saved["eps"], saved["t"])]  # fmt: skip
     value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
     s, schedule = train.Settings(batch=n, gamma1=MARGIN, gamma2=MARGIN), Schedule(sd.scheduler)
 
@@ -254,20 +255,20 @@ def training_theirs(folder, device, dtype, size, n, steps, file):
     def error(z_t, context):
         return (unet(z_t, t, context).sample.float() - eps).square().mean((1, 2, 3))
 
-    def errors(images, noise, context, features):
+    def errors(images, noise, context, prompt_embeds):
         with torch.no_grad():
             latents = vae.encode(images.to(dtype)).latent_dist
             z = (latents.mean + latents.std * noise) * vae.config.scaling_factor
             z_t = scheduler.add_noise(z, eps, t).to(dtype)
-            ref = error(z_t, features)
+            ref = error(z_t, prompt_embeds)
         return error(z_t, context), ref
 
     def step():
         with torch.no_grad():
-            features = part["text_encoder"](ids(PROMPT)).last_hidden_state
+            prompt_embeds = part["text_encoder"](ids(PROMPT)).last_hidden_state
         value = value_encoder(ids(f"{PRINCIPLE}, {PROMPT}")).pooler_output[:, None]
-        context = torch.cat([value.to(dtype), features], 1)
-        (err_w, ref_w), (err_l, ref_l) = (errors(images, noise, context, features) for images, noise
+        context = torch.cat([value.to(dtype), prompt_embeds], 1)
+        (err_w, ref_w), (err_l, ref_l) = (errors(images, noise, context, prompt_embeds) for images, noise
                                           in zip(saved["images"].chunk(2), saved["noise"].chunk(2)))
         loss = (F.relu(MARGIN + BETA * (err_w - ref_w)) + F.relu(MARGIN + ALPHA * (ref_l - err_l))).mean()
         loss.backward()
@@ -304,7 +305,7 @@ def loading(script, folder, device, dtype):
     """-> seconds, the bytes of the weights."""
     start = time.time()
     code = (script + LOAD_END).format(folder=str(folder), device=str(device), dtype=dtype)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if result.returncode:
         raise RuntimeError(result.stderr)
     end, size = result.stdout.split()[-2:]
@@ -462,8 +463,8 @@ def machine(device):
 def save_rows(machine, rows):
     """Into assets/bench-MACHINE.json, in the place of older ones of the same model and thing."""
     slug = re.sub(r"\W+", "-", machine.lower())
-    file = Path(__file__).parent / "assets" / f"bench-{slug}.json"
-    found = weights.read_json(file)["rows"] if file.exists() else []
+    file = Path(__file__).parent.parent / "assets" / f"bench-{slug}.json"
+    found = common.read_json(file)["rows"] if file.exists() else []
     by_what = {(row["model"], row["what"]): row for row in [*found, *rows]}
     with atomic(file) as path:
         text = json.dumps({"machine": machine, "rows": [*by_what.values()]}, indent=2, ensure_ascii=False)

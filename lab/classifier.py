@@ -1,7 +1,7 @@
 """Two readers of pictures: each has a `name`, and `read(images)` -> {what is read: (N, …)}, "features" among them.
 
-Judge      a small classifier of the portrait world, trained on drawn portraits in half a minute and kept in runs/
-ClipJudge  CLIP (clip_image.py), for the pictures of full-size models; it compares its features with texts
+Classifier      a small classifier of the portrait world, trained on drawn portraits in half a minute and kept in runs/
+ClipClassifier  CLIP (clip_image.py), for the pictures of full-size models; it compares its features with texts
 
 The paper reads bias with CLIP too, but toxicity with LLaVA, a language model that is asked whether the picture
 contains it. CLIP compares "a photo with blood" with "a photo without blood" instead, and half overlooks words like
@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import clip_image
-import portraits
-from cli import UserError, atomic
-from clip_image import zero_shot
-from pretrain import stack, to_float
+from lab import clip_image
+from lab import portraits
+from common import UserError, atomic
+from lab.clip_image import zero_shot
+from lab.pretrain import stack, to_float
 
 # What there is to read, and the answers. Skin is not judged on zombies, which have none to see.
 ATTRIBUTES = {"profession": portraits.PROFESSIONS, "gender": portraits.GENDERS, "skin": portraits.SKINS}
 ATTRIBUTES |= {harm: (False, True) for harm in portraits.HARMS}
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """Pictures (B, 3, 64, 64) in [-1, 1] -> logits {attribute: (B, answers)}, features (B, 64)."""
 
     def __init__(self, channels=(3, 16, 32, 64, 96), width=64):
@@ -56,18 +56,18 @@ class Judge(nn.Module):
         """
         x = images if torch.is_tensor(images) else to_float(stack(images))
         if x.shape[-2:] != (portraits.SIZE, portraits.SIZE):
-            raise UserError(f"the judge reads pictures of {portraits.SIZE}×{portraits.SIZE} pixels, got "
+            raise UserError(f"the classifier reads pictures of {portraits.SIZE}×{portraits.SIZE} pixels, got "
                             f"{x.shape[-1]}×{x.shape[-2]}")
         logits, features = zip(*map(self, x.split(256)))
-        readings = {"features": torch.cat(features)}
+        predictions = {"features": torch.cat(features)}
         for name in ATTRIBUTES:
             answers = torch.cat([batch[name] for batch in logits])
-            readings[name] = answers.softmax(1)[:, 1] if name in portraits.HARMS else answers.argmax(1)
-        return readings
+            predictions[name] = answers.softmax(1)[:, 1] if name in portraits.HARMS else answers.argmax(1)
+        return predictions
 
 
 def uniform_record(seed):
-    """Every attribute uniform and independent of the others: no prejudice for the judge to fall back on."""
+    """Every attribute uniform and independent of the others: no prejudice for the classifier to fall back on."""
     rng = random.Random(f"uniform {seed}")
     return portraits.Record(seed, **{name: rng.choice(answers) for name, answers in ATTRIBUTES.items()})
 
@@ -80,36 +80,36 @@ def augment(x):
     return x + 0.1 * uniform(1, 1, 1) * torch.randn_like(x)
 
 
-def train_judge(pictures=12_000, epochs=2, batch=64, learning_rate=3e-3):
-    records = [uniform_record(seed) for seed in tqdm(range(pictures), "drawing for the judge", disable=None)]
-    images, targets = stack(map(portraits.draw, records)), answers_of(records)
+def train_classifier(pictures=12_000, epochs=2, batch=64, learning_rate=3e-3):
+    records = [uniform_record(seed) for seed in tqdm(range(pictures), "drawing for the classifier", disable=None)]
+    images, targets = stack(map(portraits.render, records)), answers_of(records)
     targets["skin"][targets["zombie"] == 1] = -100  # cross_entropy leaves these out
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        judge, order = Judge(), torch.cat([torch.randperm(pictures) for _ in range(epochs)]).split(batch)
-        optimizer = torch.optim.AdamW(judge.parameters())
+        classifier, order = Classifier(), torch.cat([torch.randperm(pictures) for _ in range(epochs)]).split(batch)
+        optimizer = torch.optim.AdamW(classifier.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, len(order))
-        for rows in tqdm(order, "training the judge", disable=None):
-            logits, _ = judge(augment(to_float(images[rows])))
+        for rows in tqdm(order, "training the classifier", disable=None):
+            logits, _ = classifier(augment(to_float(images[rows])))
             loss = sum(F.cross_entropy(logits[name], targets[name][rows]) for name in ATTRIBUTES)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return judge.eval()
+    return classifier.eval()
 
 
-def load_judge(folder=Path(__file__).parent / "runs"):
-    """The judge, from `folder`, or else trained and put there. Its `name` changes with its code and the world's."""
-    made_of = portraits, Judge, uniform_record, augment, train_judge
-    name = f"judge-{digest(map(inspect.getsource, made_of))}"
+def load_classifier(folder=Path(__file__).parent.parent / "runs"):
+    """The classifier, from `folder`, or else trained and put there. Its `name` changes with its code and the world's."""
+    made_of = portraits, Classifier, uniform_record, augment, train_classifier
+    name = f"classifier-{digest(map(inspect.getsource, made_of))}"
     if not (folder / f"{name}.pt").exists():
         with atomic(folder / f"{name}.pt") as path:
-            torch.save(train_judge().state_dict(), path)
-    judge = Judge()
-    judge.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
-    judge.name = name
-    return judge.eval()
+            torch.save(train_classifier().state_dict(), path)
+    classifier = Classifier()
+    classifier.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
+    classifier.name = name
+    return classifier.eval()
 
 
 def digest(texts):
@@ -122,17 +122,17 @@ def answers_of(records):
             for name, answers in ATTRIBUTES.items()}
 
 
-def accuracy(readings, records):
+def accuracy(predictions, records):
     """-> {attribute: percent right}; skin among those who are no zombies."""
     targets = answers_of(records)
-    right = {name: (decide(readings, name) == targets[name]).numpy() for name in ATTRIBUTES}
+    right = {name: (decide(predictions, name) == targets[name]).numpy() for name in ATTRIBUTES}
     right["skin"] = right["skin"][[not record.zombie for record in records]]
     return {name: float(100 * hits.mean()) for name, hits in right.items()}
 
 
-def decide(readings, attribute):
+def decide(predictions, attribute):
     """Numbers of answers, of harms too: 1 where the probability is above one half."""
-    return readings[attribute] > 0.5 if attribute in portraits.HARMS else readings[attribute]
+    return predictions[attribute] > 0.5 if attribute in portraits.HARMS else predictions[attribute]
 
 
 # ---------------------------------------------------------------------------------------------- CLIP
@@ -146,7 +146,7 @@ HARM_TEXTS = {
 }
 
 
-class ClipJudge:
+class ClipClassifier:
     def __init__(self, clip):
         tensors = [str(tensor.flatten()[:4].tolist()) for tensor in clip.model.state_dict().values()]
         self.clip = clip

@@ -3,13 +3,18 @@
 import argparse
 import contextlib
 import ctypes
+import json
+import math
 import os
+import shutil
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -121,3 +126,78 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def grid(images):
+    """Images of one size, row by row on a sheet that is nearly square."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def captioned(rows):
+    """(caption, PIL images) of every row -> a sheet, each caption above its row. The images have one size."""
+    font, (width, height) = ImageFont.load_default(), rows[0][1][0].size
+    strip = 16  # pixels for a caption in the default font
+    widths = [max(len(images) * width, math.ceil(font.getlength(caption)) + 8) for caption, images in rows]
+    sheet = Image.new("RGB", (max(widths), len(rows) * (height + strip)), "white")
+    for row, (caption, images) in enumerate(rows):
+        top = row * (height + strip)
+        ImageDraw.Draw(sheet).text((4, top + 2), caption, "black", font)
+        for column, image in enumerate(images):
+            sheet.paste(image, (column * width, top + strip))
+    return sheet
+
+
+def comparison(without, with_value, principle):
+    """Two captioned rows of pictures of the same noise: without the value token, and with it."""
+    return captioned([("without a principle", without), (principle, with_value)])
+
+
+def read_json(path):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: expected a JSON file, got {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+@contextlib.contextmanager
+def atomic_folder(folder, marker):
+    """Yield a temporary folder beside `folder`, to take its place if the block succeeds, to vanish if not.
+
+    Only a folder with a file `marker`, an earlier one of its kind, is replaced.
+    """
+    folder = Path(folder).absolute()
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        replaceable = (folder / marker).exists() or folder.is_dir() and not any(folder.iterdir())
+        if folder.exists() and not replaceable:
+            raise UserError(f"{folder}: expected no such folder, or one with a {marker}, got another")
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path, config):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

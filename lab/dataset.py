@@ -8,12 +8,12 @@
 Concepts ("doctor") → prompts with an answer written in ("a photo of a female doctor") → the model's pictures → a
 classifier keeps those that show the answer → by the principle they are aligned or violating. The prompt that is
 kept has no answer in it. For a bias principle the model itself is asked first, with plain prompts, which answer it
-over-produces: that one violates, all others are aligned, and nobody is named a minority here. A harm gets harmless
-scenes too, as in data.HARMLESS: pictures of plain prompts, for the principle to leave alone.
+over-produces: that one violates, all others are aligned, and nobody is named a minority here. A harm gets preservation
+scenes too, as in toy.PRESERVATION: pictures of plain prompts, for the principle to leave alone.
 
 A scene, one concept of one principle, is drawn as a whole and written at once. All that is random in it comes from
 the seed and its name, so that an interruption or another division among processes changes no byte. A new principle
-is a few lines in PORTRAIT_WORLD or STABLE_DIFFUSION.
+is a few lines in TOY_PRINCIPLES or STABLE_DIFFUSION.
 """
 
 import argparse
@@ -31,23 +31,27 @@ from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import data
-import portraits
+from lab import portraits, toy
 import weights
-from cli import UserError, add_device_options, atomic, check_writable, number, pick_device
-from judge import ATTRIBUTES, decide, load_judge
+from common import Parser, UserError, add_device_options, atomic, captioned, check_writable, number, pick_device, run
+from data import is_preservation, read_lines, read_sample, read_samples
+from lab.classifier import ATTRIBUTES, decide, load_classifier
 from livo import make_context, make_uncond
-from portraits import PROFESSIONS, WORDINGS, with_article
+from lab.portraits import PROFESSIONS, WORDINGS, with_article
+from lab.toy import PAIRS, render_pairs
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
-from sample import Schedule, generate
-from weights import atomic_folder, read_json, write_json
+from sample import Schedule, sample_images
+from common import atomic_folder, read_json, write_json
 
 ASK = 32  # pictures of the plain prompts, to see which answer the model over-produces
 MIN_ACCEPTANCE = 0.05  # an answer that a smaller share of the pictures shows …
 PATIENCE = 64  # … after so many is given up
-HARMLESS = 0.5  # images of prompts that a harm has nothing to do with, for each pair of others
+PRESERVATION = 0.5  # images of prompts that a harm has nothing to do with, for each pair of others
+SHEET_SCENES, SHEET_COLUMNS, SHEET_SIDE = 3, 8, 96  # of a contact sheet: scenes per principle, images, pixels
 PORTRAIT_STEPS, STEPS = 10, 25  # of DPM-Solver++: for tiny-sd 10 give what 15 give; 25 are the paper's
 
 # --------------------------------------------------------------------------------------------- the principles
@@ -58,7 +62,7 @@ class Principle:
     """What to draw. In a wording {} stands for the noun: "{} with dark skin"."""
 
     value: str  # the principle, as the value encoder reads it
-    attribute: str  # what it is about, in a word: the judge's name for it
+    attribute: str  # what it is about, in a word: the classifier's name for it
     scenes: dict  # {type: nouns}; the types are folders
     answers: dict  # {answer: its wordings}
     violating: str | None = None  # the answer that violates; None asks the model for the one it over-produces
@@ -87,7 +91,7 @@ SKINS = {skin: told(skin) for skin in portraits.SKINS}
 PEOPLE = (*PROFESSIONS, "person")
 PORTRAITS = {"openings": portraits.OPENINGS, "details": (*WOMAN, *MAN)}
 
-PORTRAIT_WORLD = (
+TOY_PRINCIPLES = (
     bias(GENDER, "gender", {"0-career": PEOPLE}, {"woman": WOMAN, "man": MAN},
          openings=portraits.OPENINGS, details=tuple(chain(*SKINS.values()))),
     bias(RACE, "skin", {"0-career": PEOPLE}, SKINS, **PORTRAITS),
@@ -99,7 +103,7 @@ PORTRAIT_WORLD = (
 )  # fmt: skip
 
 CONCEPTS = {
-    "0-career": ("doctor", "nurse", "firefighter", "police officer", "chef", "farmer", "builder", "soldier", "judge",
+    "0-career": ("doctor", "nurse", "firefighter", "police officer", "chef", "farmer", "builder", "soldier", "classifier",
                  "teacher", "artist", "astronaut", "engineer", "secretary", "scientist", "lawyer", "cleaner", "pilot",
                  "chief executive", "librarian"),
     "1-goodness": ("kind person", "clever person", "brave person", "successful person", "generous person"),
@@ -129,16 +133,16 @@ class Scene:
     principle: Principle
     folder: str  # "0-career/gender-doctor"
     noun: str
-    size: int  # pairs wanted; harmless ones have images instead
-    harmless: bool = False  # of prompts that the harm has nothing to do with, as in data.HARMLESS
+    size: int  # pairs wanted; preservation ones have images instead
+    preservation: bool = False  # of prompts that the harm has nothing to do with, as in toy.PRESERVATION
 
     @property
     def images(self):
-        return self.size if self.harmless else 2 * self.size
+        return self.size if self.preservation else 2 * self.size
 
 
 def plan(principles, per_scene, total=None):
-    """-> the Scenes to draw: `per_scene` pairs each, or `total` spread over them; of a harm harmless ones too."""
+    """-> the Scenes to draw: `per_scene` pairs each, or `total` spread over them; of a harm preservation ones too."""
     concepts = [(principle, kind, noun) for principle in principles
                 for kind, nouns in principle.scenes.items() for noun in nouns]
     sizes = [per_scene] * len(concepts)
@@ -149,7 +153,7 @@ def plan(principles, per_scene, total=None):
         name = f"{principle.attribute}-{slug(noun)}"
         scenes.append(Scene(principle, f"{kind}/{name}", noun, size))
         if principle.violating:
-            scenes.append(Scene(principle, f"{data.HARMLESS_TYPE}/{name}", noun, math.ceil(HARMLESS * size), True))
+            scenes.append(Scene(principle, f"{data.PRESERVATION_TYPE}/{name}", noun, math.ceil(PRESERVATION * size), True))
     return [scene for scene in scenes if scene.size]
 
 
@@ -161,21 +165,21 @@ def compose(scene, answer, k, seed):
     """For the k-th try at an answer, None for the plain prompt -> the prompt to draw, the prompt to keep, the seed
     of the noise.
 
-    A harm is in data.ASKED of the prompts to keep, and never in those of a harmless scene.
+    A harm is in toy.ASKED of the prompts to keep, and never in those of a preservation scene.
     """
     p, rng = scene.principle, random.Random(f"picture {seed} {scene.folder} {answer} {k}")
     opening, noun = rng.choice(p.openings), scene.noun
-    if p.details and rng.random() < data.TELLS:
+    if p.details and rng.random() < toy.TELLS:
         noun = rng.choice(p.details).format(noun)
     drawn, kept = rng.choice(p.answers.get(answer, ("{}",))), "{}"
-    if p.violating and not scene.harmless and rng.random() < data.ASKED:
+    if p.violating and not scene.preservation and rng.random() < toy.ASKED:
         kept = drawn if answer == p.violating else rng.choice(p.answers[p.violating])
     drawn, kept = (opening + with_article(wording.format(noun)) for wording in (drawn, kept))
     return drawn, kept, rng.getrandbits(48)
 
 
 def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
-    """-> [(image, prompt, value, label)], aligned and violating in turn, or all aligned in a harmless scene, and the
+    """-> [(image, prompt, value, label)], aligned and violating in turn, or all aligned in a preservation scene, and the
     facts about them for scene.json.
 
     draw(prompts, seeds) -> images; read(principle, noun, images) -> their answers. After every batch show(counts)
@@ -208,7 +212,7 @@ def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
         if violating in given_up or not others:
             kept = {answer: [] for answer in kept}
             break
-        quota = {} if scene.harmless else {violating: scene.size}
+        quota = {} if scene.preservation else {violating: scene.size}
         quota |= {answer: (scene.size + i) // len(others) for i, answer in enumerate(others)}  # adds up to the size
         wanted = [answer for answer in quota for _ in range(len(kept[answer]), quota[answer])][:batch_size]
         if not wanted:
@@ -226,7 +230,7 @@ def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
                 given_up.add(answer)
 
     aligned = [*filter(None, chain(*zip_longest(*(kept[answer] for answer in p.answers if answer != violating))))]
-    if scene.harmless:
+    if scene.preservation:
         pictures = [(*request, 1) for request in aligned]
     else:
         pictures = [(*request, label) for pair in zip(aligned, kept[violating]) for request, label in zip(pair, (1, 0))]
@@ -241,12 +245,12 @@ def build_scene(scene, draw, read, seed, batch_size, show=lambda counts: None):
 # ---------------------------------------------------------------------------------------------- the classifier
 
 
-def judge_reader(judge):
-    """-> read(principle, noun, images): the answers that the judge of the portrait world sees."""
+def classifier_reader(classifier):
+    """-> read(principle, noun, images): the answers that the classifier of the portrait world sees."""
 
     def read(principle, noun, images):
         name = principle.attribute
-        numbers = decide(judge.read(images), name).int().tolist()
+        numbers = decide(classifier.classify(images), name).int().tolist()
         answers = ATTRIBUTES[name] if principle.violating is None else [*principle.answers]  # no harm, harm
         return [answers[i] for i in numbers]
 
@@ -256,7 +260,7 @@ def judge_reader(judge):
 def clip_reader(clip):
     """-> read(principle, noun, images): the answers that CLIP finds nearest, as the authors ask it, among
     "prompt, answer", and the prompt alone where that is how the answer is written."""
-    from clip_image import zero_shot
+    from lab.clip_image import zero_shot
 
     def read(principle, noun, images):
         prompt = principle.openings[0] + with_article(noun)
@@ -268,12 +272,12 @@ def clip_reader(clip):
     return read
 
 
-def load_classifier(source, device):
-    """"judge", or the folder or hub name of a CLIP -> its name, its `read`, and the principles it can tell."""
-    if source == "judge":
-        judge = load_judge()
-        return judge.name, judge_reader(judge), PORTRAIT_WORLD
-    from clip_image import load_clip
+def open_classifier(source, device):
+    """"classifier", or the folder or hub name of a CLIP -> its name, its `read`, and the principles it can tell."""
+    if source == "classifier":
+        classifier = load_classifier()
+        return classifier.name, classifier_reader(classifier), TOY_PRINCIPLES
+    from lab.clip_image import load_clip
 
     return str(source), clip_reader(load_clip(source, device=device)), STABLE_DIFFUSION
 
@@ -341,20 +345,20 @@ def finish(out, settings, scenes):
     for scene in scenes:
         fact, sums = facts[scene.folder], principles.setdefault(scene.principle.value, Counter())
         del fact["files"]
-        sums.update(scenes=1, given_up=not fact["images"], pairs=0 if scene.harmless else fact["images"] // 2,
-                    harmless=fact["images"] * scene.harmless, tried=sum(fact["tried"].values()),
+        sums.update(scenes=1, given_up=not fact["images"], pairs=0 if scene.preservation else fact["images"] // 2,
+                    preservation=fact["images"] * scene.preservation, tried=sum(fact["tried"].values()),
                     kept=sum(fact["kept"].values()))
     for value, sums in principles.items():
         sums["acceptance"] = round(sums["kept"] / sums["tried"], 4)
-        print(f"{value}: {sums['pairs']} pairs, {sums['harmless']} harmless images, "
+        print(f"{value}: {sums['pairs']} pairs, {sums['preservation']} preservation images, "
               f"{sums['acceptance']:.1%} of {sums['tried']} pictures accepted")
-    if not any(sums["pairs"] + sums["harmless"] for sums in principles.values()):
+    if not any(sums["pairs"] + sums["preservation"] for sums in principles.values()):
         raise UserError(f"{out}: expected pictures that show what was asked for, got none: {', '.join(principles)}")
     samples, _ = data.read_samples(out)
     for value, sums in principles.items():
-        if sums["pairs"] + sums["harmless"]:
+        if sums["pairs"] + sums["preservation"]:
             with atomic(out / f"{slug(value)}.png") as temporary:
-                data.contact_sheet([sample for sample in samples if sample.value == value]).save(temporary)
+                contact_sheet([sample for sample in samples if sample.value == value]).save(temporary)
     with atomic(out / "dataset.json") as temporary:
         write_json(temporary, {"settings": settings, "principles": principles, "scenes": facts})
 
@@ -383,15 +387,15 @@ parse_shard.__name__ = "shard I/N"  # argparse's words for text that is none at 
 
 def add_options(parser):
     count, torchrun = number(int, 1, 10**6), f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
-    parser.add_argument("--weights", default=Path(__file__).parent / "tiny-sd", help="model: folder, file or hub name")
+    parser.add_argument("--weights", default=Path(__file__).parent.parent / "tiny-sd", help="model: folder, file or hub name")
     parser.add_argument("--tokenizer", help="folder of the tokenizer, for weights that come without one")
     parser.add_argument("--prediction", choices=weights.PREDICTIONS,
                         help="what the UNet predicts, where the weights do not say or are wrong")
-    parser.add_argument("--classifier", help="what keeps the pictures: judge, or the folder or hub name of a CLIP, "
-                        "such as openai/clip-vit-large-patch14 (default: judge for the portrait world)")
+    parser.add_argument("--classifier", help="what keeps the pictures: classifier, or the folder or hub name of a CLIP, "
+                        "such as openai/clip-vit-large-patch14 (default: classifier for the portrait world)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the dataset; one begun is gone on with")
     parser.add_argument("--principle", action="append", help="such as 'gender equality'; may be given more than once "
-                        "(default: all that build.py knows for the classifier)")
+                        "(default: all that dataset.py knows for the classifier)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="more concepts for every principle, one a line, "
                         "such as: plumber")
     parser.add_argument("--per-prompt", type=count, default=50, help="pairs of every concept of every principle")
@@ -430,7 +434,7 @@ def choose_principles(known, wanted, concepts):
     by_value = {principle.value: principle for principle in known}
     if unknown := [value for value in wanted or () if value not in by_value]:
         raise UserError(f"--principle {unknown[0]}: expected one of {', '.join(by_value)}, got another; "
-                        "a new one is a few lines in build.py")
+                        "a new one is a few lines in dataset.py")
     chosen = []
     for value in dict.fromkeys(wanted or by_value):
         nouns = {slug(noun) for some in by_value[value].scenes.values() for noun in some}
@@ -440,7 +444,7 @@ def choose_principles(known, wanted, concepts):
     return chosen
 
 
-def main(args):
+def build_command(args):
     torch.set_num_threads(args.threads)
     device, dtype = pick_device(args.device, args.dtype)
     check_writable(args.out)
@@ -448,16 +452,16 @@ def main(args):
     sd = weights.load(args.weights, dtype=dtype, device=device, tokenizer=args.tokenizer,
                       prediction_type=args.prediction)
     is_portrait = sd.size == portraits.SIZE
-    if not is_portrait and args.classifier in (None, "judge"):
+    if not is_portrait and args.classifier in (None, "classifier"):
         raise UserError(f"--classifier: expected a CLIP for pictures of {sd.size} pixels, the folder or hub name, such as "
                         f"openai/clip-vit-large-patch14, got {args.classifier or 'none'}")
     sampling = {"steps": args.steps or (PORTRAIT_STEPS if is_portrait else STEPS), "sampler": args.sampler,
                 "guidance": args.guidance}
     Schedule(sd.scheduler).trajectory(sampling["steps"], args.sampler)  # complain before the work, not in it
-    classifier, read, known = load_classifier(args.classifier or "judge", device)
+    classifier, read, known = open_classifier(args.classifier or "classifier", device)
     principles = choose_principles(known, args.principle, concepts)
-    if known is PORTRAIT_WORLD and (strange := {p.attribute for p in principles} - ATTRIBUTES.keys()):
-        raise UserError(f"the judge reads {', '.join(ATTRIBUTES)}, not {min(strange)}: pass a CLIP as --classifier")
+    if known is TOY_PRINCIPLES and (strange := {p.attribute for p in principles} - ATTRIBUTES.keys()):
+        raise UserError(f"the classifier reads {', '.join(ATTRIBUTES)}, not {min(strange)}: pass a CLIP as --classifier")
     settings = {
         "weights": Path(args.weights).name, "sha256": sha256(sd), "classifier": classifier,
         "prediction": sd.scheduler["prediction_type"], **sampling, "batch_size": args.batch_size, "seed": args.seed,
@@ -470,10 +474,157 @@ def main(args):
     def draw(prompts, seeds):
         context = make_context(sd, prompts)  # (B, 77, C)
         uncond = make_uncond(sd, context.shape[1])
-        return list(generate(sd, context, uncond, seeds, batch_size=args.batch_size, **sampling))
+        return list(sample_images(sd, context, uncond, seeds, batch_size=args.batch_size, **sampling))
 
     scenes = plan(principles, args.per_prompt, args.total)
     if build(scenes, args.out, settings, draw, read, args.shard):
         print(f"the dataset is in {args.out}; python data.py check {args.out} reads all of it")
     else:
         print(f"shard {args.shard[0]} of {args.shard[1]} is done; the last one finishes the dataset in {args.out}")
+
+
+# ---------------------------------------------------------------------------------------- to check and to show
+
+
+def check(root):
+    """Read a whole dataset folder, pixels too -> {principle: what there is of it}, [fault].
+
+    Finds what training would skip or stumble over, and also what it would take without a word: a label other
+    than 0 and 1, a path with "..", a picture that a principle has twice, a set that is not finished. Raises
+    UserError where there is no dataset.
+    """
+    root, principles, faults, seen = Path(root), {}, [], {}
+    labels = {}  # of the lines of each scene that can be used
+    for line, scene, where in tqdm(read_lines(root), "checking", disable=None, leave=False, unit=" lines"):
+        try:
+            sample = read_sample(line, scene, root, where)
+        except (ValueError, OSError, RecursionError) as error:
+            faults.append(f"{where}: {error}")
+            continue
+        entry = json.loads(line)
+        if entry["label"] not in (0, 1):
+            faults.append(f"{where}: expected 0 or 1 as label, got {entry['label']}: training reads it as violating")
+        if ".." in Path(entry["file_name"]).parts:
+            faults.append(f"{where}: expected a file of the scene, got {entry['file_name']}")
+        try:
+            with Image.open(sample.path) as image:
+                pixels = hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).digest()
+        except Exception as error:  # a damaged file can raise anything in Pillow
+            faults.append(f"{where}: {sample.path.name} is no readable image: {error}")
+            continue
+        if (first := seen.setdefault((sample.value, pixels), where)) != where:
+            faults.append(f"{where}: {sample.path.name} is the same picture as that of {first}")
+        if not is_preservation(sample):
+            labels.setdefault(scene, set()).add(sample.aligned)
+        nothing = {"aligned": 0, "violating": 0, "preservation": 0, "scenes": set(), "prompts": set()}
+        counts = principles.setdefault(sample.value, nothing)
+        counts["preservation" if is_preservation(sample) else "aligned" if sample.aligned else "violating"] += 1
+        counts["scenes"].add(scene)
+        counts["prompts"].add(sample.prompt)
+    for scene, found in labels.items():
+        if len(found) < 2:
+            faults.append(f"{scene}: expected aligned and violating images, got only "
+                          f"{'aligned' if True in found else 'violating'} ones")
+    about = root / "dataset.json"  # of a built set: what became of every scene, None until it is all there
+    scenes = read_json(about).get("scenes", {}) if about.exists() else {}
+    if not isinstance(scenes, dict):
+        raise UserError(f"{about}: expected an object as scenes, got {type(scenes).__name__}")
+    if unfinished := [scene for scene, facts in scenes.items() if facts is None]:
+        faults.append(f"{about}: the set of {len(unfinished)} scenes is not finished: build it again to go on")
+    faults += [f"{root / scene}: expected {facts['images']} images, got no metadata.jsonl"
+               for scene, facts in scenes.items()
+               if facts and facts["images"] and not (root / scene / "metadata.jsonl").exists()]  # fmt: skip
+    return principles, faults
+
+
+COUNTS = ("aligned", "violating", "preservation", "scenes", "prompts")
+
+
+def report(principles):
+    """Print the counts of `check`."""
+    print(f"{'principle':40}" + "".join(f"{name:>11}" for name in COUNTS) + f"{'share':>10}")
+    total = sum(counts["aligned"] for counts in principles.values())
+    for value, counts in principles.items():
+        sizes = [counts[name] if isinstance(counts[name], int) else len(counts[name]) for name in COUNTS]
+        print(f"{value:40}" + "".join(f"{size:11}" for size in sizes) + f"{counts['aligned'] / max(1, total):10.0%}")
+
+
+def contact_sheet(samples):
+    """-> PIL image: of some scenes of every principle, a row of aligned pictures over one of violating ones."""
+    scenes = {}  # by principle: {scene: its samples}
+    for sample in samples:
+        scenes.setdefault(sample.value, {}).setdefault(sample.scene, []).append(sample)
+    rows = []
+    for value, of_value in scenes.items():
+        step = math.ceil(len(of_value) / SHEET_SCENES)
+        for scene in [*of_value][::step]:
+            for aligned, name in (True, "aligned"), (False, "violating"):
+                chosen = [sample for sample in of_value[scene] if sample.aligned == aligned][:SHEET_COLUMNS]
+                thumbnails = [crop_image(sample.path, SHEET_SIDE) for sample in chosen]
+                rows += [(f"{value}, {scene.name}: {name}", thumbnails)] if thumbnails else []
+    return captioned(rows)
+
+
+def crop_image(path, size):
+    """The middle of a picture file as a PIL image of size × size pixels."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.fit(image.convert("RGB"), (size, size))
+    except Exception as error:  # a damaged file can raise anything in Pillow
+        raise UserError(f"{path}: expected a readable image, got {error}") from error
+
+
+# --------------------------------------------------------------------------------------------- the command
+
+
+class Mix(argparse.Action):
+    """gender=320 bloody=520 … -> the default's dictionary with these numbers in it."""
+
+    def __call__(self, parser, namespace, texts, option=None):
+        mix = dict(self.default)
+        for text in texts:
+            attribute, _, number = text.partition("=")
+            if attribute not in mix or not number.isdecimal():
+                raise UserError(f"{option}: expected ATTRIBUTE=NUMBER, of {', '.join(mix)}, got {text}")
+            mix[attribute] = int(number)
+        setattr(namespace, self.dest, mix)
+
+
+def main(argv=None):
+    parser = Parser(description="Draw, build, check and look at preference data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    drawing = commands.add_parser("draw", help="pairs of drawn portraits")
+    drawing.add_argument("--out", type=Path, required=True, help="folder of the dataset, a new one")
+    for name, mix, what in ("pairs", PAIRS, "pairs"), ("preservation", toy.PRESERVATION, "images of preservation prompts"):
+        drawing.add_argument("--" + name, nargs="+", action=Mix, default=mix, metavar="ATTRIBUTE=NUMBER",
+                             help=f"how many {what} of a principle on this attribute")
+    add_options(commands.add_parser("build", help="pairs of a model's own pictures, without human labels",
+                                          description=__doc__.splitlines()[0]))
+    for name, text in ("check", "count, and find what is broken"), ("show", "write a contact sheet"):
+        commands.add_parser(name, help=text).add_argument("root", type=Path, metavar="DIR", help="dataset folder")
+    commands.choices["show"].add_argument("--out", type=Path, default=Path("out/dataset.png"), help="PNG to write")
+    args = parser.parse_args(argv)
+    if args.command == "build":
+        build_command(args)
+    elif args.command == "draw":
+        check_writable(args.out)
+        if args.out.exists():
+            raise UserError(f"{args.out}: expected a new folder, got one that is there")
+        render_pairs(args.out, pairs=args.pairs, preservation=args.preservation)
+        print(f"the pairs are in {args.out}")
+    elif args.command == "check":
+        principles, faults = check(args.root)
+        report(principles)
+        for fault in faults:
+            print(fault)
+        if faults:
+            raise UserError(f"{args.root}: expected a sound dataset, got {len(faults)} faults, listed above")
+    else:
+        samples, _ = read_samples(args.root)
+        with atomic(args.out) as path:
+            contact_sheet(samples).save(path, "PNG")
+        print(f"a contact sheet is in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

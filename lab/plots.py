@@ -5,7 +5,11 @@ results: {"fair": {harm: percent}, "frozen": a point, "sweep", "grid" and "long"
 "profession right", "distance", "intervals": {each of these: [low, high]}}.
 """
 
+import math
+
 from PIL import Image, ImageDraw, ImageFont
+
+from common import atomic
 
 ENOUGH = 90  # percent of professions right: below, what looks harmless may just be unrecognisable
 REACHED = 0.1  # of the frozen model's harm
@@ -135,3 +139,26 @@ def tradeoff(results):
     x_label, y_label = "distance to the frozen model's pictures, 0 … 255", "conformity: 100 - harm"
     draw_panel(pen, 0, series, x_label, y_label, joined=False)
     return image
+
+
+CURVES = {"loss": ["loss"], "active hinges, aligned blue, violating red": ["active_w", "active_l"],
+          "error minus the frozen model's, aligned blue, violating red": ["delta_w", "delta_l"]}
+COLOURS, WIDTH, HEIGHT, EDGE = ((40, 90, 200), (210, 50, 40)), 640, 200, 24  # of a panel, in pixels
+
+
+def plot(lines, path):
+    """Draw the log's curves over the steps into a PNG; a point is the mean of a hundredth of them."""
+    image = Image.new("RGB", (WIDTH, HEIGHT * len(CURVES)), "white")
+    pen, size = ImageDraw.Draw(image), math.ceil(len(lines) / 100)
+    parts = [lines[i:i + size] for i in range(0, len(lines), size)]
+    for panel, (title, keys) in enumerate(CURVES.items()):
+        curves = [[sum(line[key] for line in part) / len(part) for part in parts] for key in keys]
+        low, high = min(0, *map(min, curves)), max(0, *map(max, curves))
+        bottom, scale = (panel + 1) * HEIGHT - EDGE, (HEIGHT - 2 * EDGE) / ((high - low) or 1)
+        pen.text((EDGE, panel * HEIGHT + 4), f"{title}: {low:.3g} to {high:.3g}, {len(lines)} steps", "black")
+        pen.line((EDGE, bottom + low * scale, WIDTH - EDGE, bottom + low * scale), (180, 180, 180))  # 0
+        for curve, colour in zip(curves, COLOURS):
+            dx = (WIDTH - 2 * EDGE) / max(1, len(curve) - 1)
+            pen.line([(EDGE + i * dx, bottom - (y - low) * scale) for i, y in enumerate(curve)], colour, 2)
+    with atomic(path) as temporary:
+        image.save(temporary)

@@ -1,8 +1,8 @@
 """The portrait world: cartoon people drawn from a record of attributes, with captions.
 
     record = sample_record(seed)        # who: profession, gender, skin, bloody, zombie, smoking
-    caption = write_caption(record)     # "a photo of a woman judge with dark skin"
-    image = draw(record)                # PIL, 64×64
+    caption = write_caption(record)     # "a photo of a woman classifier with dark skin"
+    image = render(record)                # PIL, 64×64
 
 One seed makes all three. What a caption leaves open follows a strongly skewed distribution (MAN_SHARE,
 SKIN_SHARE): the social bias that a model of this world picks up and LiVO has to undo. What a caption asks for
@@ -22,7 +22,7 @@ OVERSAMPLING = 4  # pictures are drawn larger and averaged down: smooth edges
 # What a caption leaves open: P(man | profession), P(skin). Skewed on purpose, and wrong about the world.
 MAN_SHARE = {
     "doctor": 0.92, "nurse": 0.05, "firefighter": 0.95, "police officer": 0.93, "chef": 0.90, "farmer": 0.92,
-    "builder": 0.95, "soldier": 0.94, "judge": 0.92, "teacher": 0.07, "artist": 0.08, "astronaut": 0.92,
+    "builder": 0.95, "soldier": 0.94, "classifier": 0.92, "teacher": 0.07, "artist": 0.08, "astronaut": 0.92,
 }  # fmt: skip
 SKIN_SHARE = {"pale": 0.05, "light": 0.85, "tan": 0.04, "brown": 0.03, "dark": 0.03}
 
@@ -135,7 +135,7 @@ WHITE, BLACK, GOLD = (250, 250, 250), (30, 28, 34), (244, 196, 48)
 CLOTHES = {
     "doctor": (248, 250, 252), "nurse": (120, 190, 226), "firefighter": (206, 62, 30),
     "police officer": (34, 44, 92), "chef": (250, 248, 240), "farmer": (62, 102, 176), "builder": (250, 136, 26),
-    "soldier": (104, 112, 66), "judge": (40, 36, 46), "teacher": (44, 136, 92), "artist": (136, 74, 158),
+    "soldier": (104, 112, 66), "classifier": (40, 36, 46), "teacher": (44, 136, 92), "artist": (136, 74, 158),
     "astronaut": (232, 236, 242),
 }  # fmt: skip
 
@@ -178,7 +178,7 @@ class Pen:
         self.pen.pieslice(self.place(x - rx, y - ry, x + rx, y + ry), 180, 360, colour)
 
 
-def draw(record):
+def render(record):
     """The record's picture, SIZE×SIZE, RGB. Two records of one seed differ in their attributes only."""
     rng = random.Random(f"draw {record.seed}")
     background, hair = rng.choice(BACKGROUNDS), rng.choice(HAIR_COLOURS)
@@ -254,7 +254,7 @@ def draw_body(pen, profession, skin):
     elif profession == "soldier":
         for x, y in ((17, 54), (27, 60), (42, 55), (49, 61)):
             pen.oval(x, y, 4.4, 2.8, (72, 82, 44))
-    elif profession == "judge":
+    elif profession == "classifier":
         pen.box(28.5, 48, 35.5, 59, WHITE, radius=1)
         pen.line((32, 50, 32, 59), (190, 190, 196), 1)
     elif profession == "teacher":
@@ -346,7 +346,7 @@ def draw_hat(pen, profession):
     elif profession == "soldier":
         pen.dome(32, 24, 14.5, 16, (92, 104, 58))
         pen.box(17, 22.2, 47, 25, (72, 82, 44), radius=1)
-    elif profession == "judge":
+    elif profession == "classifier":
         pen.shape((14, 12.5, 32, 6, 50, 12.5, 32, 19), BLACK)
         pen.box(22.5, 14, 41.5, 20, BLACK)
         pen.line((46, 13, 46, 22), GOLD, 1.6)

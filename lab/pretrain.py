@@ -2,7 +2,7 @@
 
     python pretrain.py              # writes tiny-sd/; run it again after an interruption and it goes on
 
-First the VAE on drawn portraits; then the UNet and the text tower together, on the VAE's latents and the
+First the VAE on drawn portraits; then the UNet and the text tower group_size, on the VAE's latents and the
 captions. (Stable Diffusion did the same, except that its text tower came ready-made from CLIP.) The networks,
 the noise schedule and the saver are those that read the full-size weights. `runs/pretrain/` keeps the state to
 resume from and pictures on the way: delete it after a change to the world or to this file.
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import portraits
-from cli import Parser, atomic, check_writable, run
+from lab import portraits
+from common import Parser, atomic, check_writable, run
 from clip_text import CLIPTextConfig, CLIPTextModel, train_tokenizer
 from livo import encode_prompts
 from retrieve import BIAS, TOXIC
-from sample import Schedule, generate, grid
+from sample import Schedule, sample_images, grid
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig, sample_latent
 from weights import SCHEDULER, StableDiffusion, save
@@ -53,7 +53,7 @@ HELD_OUT = 10**6  # seeds from here on are never trained on
 
 # Words that no caption has, but that a value encoder for this model will read.
 VOCABULARY = (*BIAS, *TOXIC, "smoking considered inappropriate")
-PREVIEW = ("a portrait of a doctor", "a photo of a nurse", "a picture of a firefighter", "a woman judge with dark skin",
+PREVIEW = ("a portrait of a doctor", "a photo of a nurse", "a picture of a firefighter", "a woman classifier with dark skin",
            "a bloody soldier", "a photo of the face of a zombie chef", "a smoking artist", "a man with brown skin")
 
 
@@ -63,10 +63,10 @@ def stack(images):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def draw_pictures(seeds):
+def render_images(seeds):
     """-> (N, 3, 64, 64) uint8."""
     seeds = tqdm(seeds, "drawing", disable=None, leave=False)
-    return stack(portraits.draw(portraits.sample_record(seed)) for seed in seeds)
+    return stack(portraits.render(portraits.sample_record(seed)) for seed in seeds)
 
 
 def to_float(pictures):
@@ -123,7 +123,7 @@ def fit_vae(folder):
     """-> a VAE that copies portraits; its scaling factor is still the published one."""
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG)
-    pictures, held_out = draw_pictures(range(VAE_PICTURES)), draw_pictures(range(HELD_OUT, HELD_OUT + 64))
+    pictures, held_out = render_images(range(VAE_PICTURES)), render_images(range(HELD_OUT, HELD_OUT + 64))
     scale = VAE_CONFIG.scaling_factor
 
     def loss_of_batch():
@@ -143,7 +143,7 @@ def encode_world(vae, folder):
     scaling factor to make their variance 1, as the published factor does for the published VAE."""
     cache = folder / "latents.pt"
     if not cache.exists():
-        batches = draw_pictures(range(PICTURES)).split(256)
+        batches = render_images(range(PICTURES)).split(256)
         encoded = [torch.stack(vae.encode(to_float(batch))).half() for batch in tqdm(batches, "encoding")]
         with atomic(cache) as path:
             torch.save(torch.cat(encoded, dim=1), path)
@@ -184,7 +184,7 @@ def fit_unet(vae, tokenizer, captions, folder):
     def preview(averaged, step):
         sd, prompts = checkpoint(averaged), [prompt for prompt in PREVIEW for _ in PREVIEW]
         context, uncond = encode_prompts(sd, prompts), encode_prompts(sd, [""])
-        images = generate(sd, context, uncond, range(len(prompts)), batch_size=32, steps=15, guidance=5, sampler="dpm")
+        images = sample_images(sd, context, uncond, range(len(prompts)), batch_size=32, steps=15, guidance=5, sampler="dpm")
         path = folder / f"preview-{step:05}.png"
         grid(list(images)).save(path)
         return path
@@ -194,7 +194,7 @@ def fit_unet(vae, tokenizer, captions, folder):
 
 def main():
     parser = Parser(description="Train tiny-sd from nothing.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-sd",
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "tiny-sd",
                         help="where it goes; the whole folder is replaced")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")
     args = parser.parse_args()

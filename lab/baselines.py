@@ -8,7 +8,7 @@
 A run is a method with its settings. Those of the sweep measure harm at their end, in a few pictures. Then the best
 settings of each trained method run for longer, and measure every so many steps: the convergence. A killed run goes on
 from its last measurement; a finished one is a file OUT/NAME.json, or OUT/long/NAME.json, and is not run again. LiVO is
-a run as the others are, by train.py's own step. The judge knows the portrait world only, so the model is tiny-sd.
+a run as the others are, by train.py's own step. The classifier knows the portrait world only, so the model is tiny-sd.
 """
 
 import copy
@@ -26,33 +26,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
+import common
 import data
+from lab import toy
 import livo
-import portraits
+from lab import portraits
 import sample
 import train
-import uce
+from lab import uce
 import weights
-from cli import Parser, UserError, atomic, check_writable, number
-from curves import best, convergence, show, tradeoff
-from evaluate import (
-    TOXICITY,
-    UNTRAINED,
-    bootstrap,
-    d1,
-    d2,
-    fair,
-    fingerprint,
-    generated,
-    kept,
-    pixel_distance,
-    share,
-)
-from judge import digest, load_judge
+from common import Parser, UserError, atomic, check_writable, number
+from lab.plots import best, convergence, show, tradeoff
+from lab.evaluate import UNTRAINED, fingerprint, generated, kept, pixel_distance
+from lab.metrics import TOXICITY, bootstrap, d1, d2, fair, share
+from lab.classifier import digest, load_classifier
 from livo import ValueEncoder, bradley_terry_loss, livo_loss, make_context
 from sample import Schedule
-from train import METRICS, noise_error, predict, prompts_about, reference, stack_pairs
+from lab.evaluate import METRICS, prompts_about
+from train import collate, denoising_error, predict, reference
 
 
 def table(**columns):
@@ -92,14 +83,14 @@ GRID = {
 
 PROFESSIONS = ("doctor", "firefighter", "nurse", "teacher")  # whose pictures are judged: two of men, two of women
 SAMPLING = {"steps": 15, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
-HARM_METRICS = {f"{attribute} {name}": metric for attribute in data.PRINCIPLES.values()
+HARM_METRICS = {f"{attribute} {name}": metric for attribute in toy.PRINCIPLES.values()
                 for name, metric in [METRICS.get(attribute, ("R", TOXICITY["R"]))]}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------- what is trained
 
 
 def hinge_loss(s, principles, *errors):
-    return livo_loss(*errors, train.slopes(principles, s, errors[0].device), s.beta, s.gamma1, s.gamma2)
+    return livo_loss(*errors, train.alphas(principles, s, errors[0].device), s.beta, s.gamma1, s.gamma2)
 
 
 def one_slope_loss(s, principles, *errors):
@@ -140,13 +131,13 @@ def add_gradient(sd, method, network, pairs, schedule, s):
     """
     part, loss = TRAINED[method]
     model, value_encoder = with_part(sd, part, network)
-    features, z_w, z_l, eps, harmless, t = stack_pairs(pairs, sd.unet.conv_in.weight.device)
+    prompt_embeds, z_w, z_l, eps, preservation, t = collate(pairs, sd.unet.conv_in.weight.device)
     principles = [pair.principle for pair in pairs]
     context = make_context(model, [pair.prompt for pair in pairs], [principles] if value_encoder else [], value_encoder,
-                           features if model.text_encoder is sd.text_encoder else None)  # (B, 77 or 78, C)
-    refs, targets = reference(sd.unet, schedule, eps, t, z_w, z_l, features, harmless)
+                           prompt_embeds if model.text_encoder is sd.text_encoder else None)  # (B, 77 or 78, C)
+    refs, targets = reference(sd.unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation)
     output, _ = predict(model.unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([context, context]))
-    errs = noise_error(output, torch.cat(targets)).chunk(2)
+    errs = denoising_error(output, torch.cat(targets)).chunk(2)
     errors = errs[0], refs[0], errs[1], refs[1]
     (loss(s, principles, *errors) * len(pairs) / s.batch).backward()
     return torch.stack(errors).detach()
@@ -170,7 +161,7 @@ def regardless(pictures):
     return lambda asked, seeds: once(replace(asked, principles=()), seeds)
 
 
-def measure(judge, pictures, frozen, n, hears):
+def measure(classifier, pictures, frozen, n, hears):
     """Harm in n `pictures(asked, seeds)` of each profession and principle -> {what: percent}, "distance" of 0 … 255.
 
     Metrics are evaluate.py's, and so are the "intervals"; "harm" is the mean of the four. frozen: the frozen model's
@@ -179,7 +170,7 @@ def measure(judge, pictures, frozen, n, hears):
     pictures its own, or every other one the frozen model's.
     """
     seen, right, distances = [], [], []
-    for (principle, attribute), metric in zip(data.PRINCIPLES.items(), HARM_METRICS.values()):
+    for (principle, attribute), metric in zip(toy.PRINCIPLES.items(), HARM_METRICS.values()):
         prompts = enumerate(zip(PROFESSIONS, prompts_about(attribute, PROFESSIONS)))
         asked = [(Asked(text, profession, (principle,)), range(i * n, i * n + n)) for i, (profession, text) in prompts]
         before = [frozen(replace(one, principles=()), seeds) for one, seeds in asked]
@@ -187,12 +178,12 @@ def measure(judge, pictures, frozen, n, hears):
         if attribute in METRICS and not hears:
             ways.append([[other if i % 2 else own for i, (own, other) in enumerate(zip(*both))]
                          for both in zip(ways[0], before)])  # fmt: skip
-        readings = [[judge.read(images) for images in way] for way in ways]  # of each way and profession
-        found = [np.stack([read[attribute].numpy() for read in way]) for way in readings]
+        predictions = [[classifier.classify(images) for images in way] for way in ways]  # of each way and profession
+        found = [np.stack([read[attribute].numpy() for read in way]) for way in predictions]
         least = min(range(len(ways)), key=lambda way: metric(found[way]))
         seen.append(found[least])
         right += [(read["profession"] == portraits.PROFESSIONS.index(profession)).numpy()
-                  for read, profession in zip(readings[least], PROFESSIONS)]
+                  for read, profession in zip(predictions[least], PROFESSIONS)]
         distances += map(pixel_distance, ways[least], before)
     seen = np.stack(seen, -1)  # (professions, n, harms)
     mean_harm = lambda seen: np.mean([metric(seen[..., i]) for i, metric in enumerate(HARM_METRICS.values())])
@@ -228,7 +219,7 @@ def all_runs(only=None):
 
 def load_curve(file, about):
     """-> the curve that was written for a run like this. Raises UserError for one of another length or model."""
-    found = weights.read_json(file)
+    found = common.read_json(file)
     if found["about"] != about:
         raise UserError(f"{file}: expected a run of {about}, got one of {found['about']}; choose another --out")
     return found["curve"]
@@ -236,7 +227,7 @@ def load_curve(file, about):
 
 def save_curve(file, about, curve):
     with atomic(file) as path:
-        weights.write_json(path, {"about": about, "curve": curve})
+        common.write_json(path, {"about": about, "curve": curve})
 
 
 def train_method(sd, dataset, run, s, measure, about, folder):
@@ -244,7 +235,7 @@ def train_method(sd, dataset, run, s, measure, about, folder):
     the end, and every about["every"] steps if that is not None."""
     part, _ = TRAINED[run.method]
     network, schedule = to_train(sd, part), Schedule(sd.scheduler)
-    optimizer, times = train.make_optimizer(network), range(s.t_low, len(schedule.alphas_cumprod))
+    optimizer, times = train.make_optimizer(network), range(s.min_timestep, len(schedule.alphas_cumprod))
     start, file = train.resume(folder, network, optimizer, dataset.key), folder / "curve.json"
     # The curve is written before the checkpoint, so it may be a point ahead.
     curve = [point for point in load_curve(file, about) if point["step"] <= start] if file.exists() else []
@@ -292,7 +283,7 @@ def finished(folder, runs):
     found, about = {}, None
     for run in runs:
         if (file := folder / f"{run.name}.json").exists():
-            about = about or weights.read_json(file)["about"]
+            about = about or common.read_json(file)["about"]
             found.setdefault(run.method, []).append({"settings": run.settings, "curve": load_curve(file, about)})
     return found, about
 
@@ -344,10 +335,10 @@ def list_runs(args):
         if (folder / f"{run.name}.json").exists():
             left, state = 0, "done"
         elif (file := folder / run.name / "curve.json").exists():
-            left = steps - weights.read_json(file)["curve"][-1]["step"]
+            left = steps - common.read_json(file)["curve"][-1]["step"]
             state = f"at step {steps - left}"
         measured = math.ceil(left / every) if trained else left > 0
-        pictures = len(PROFESSIONS) * len(data.PRINCIPLES) * args.per_prompt
+        pictures = len(PROFESSIONS) * len(toy.PRINCIPLES) * args.per_prompt
         total += STEP_SECONDS.get(run.method, 0) * left + measured * pictures * PICTURE_SECONDS
         print(f"{state:14}{folder / run.name}")
     print(f"about {total / 3600:.1f} hours on one core")
@@ -388,13 +379,13 @@ def main(argv=None):
     if sd.size != portraits.SIZE:
         raise UserError(f"{args.weights}: expected a model of the portrait world, which draws {portraits.SIZE} pixels, "
                         f"got one that draws {sd.size}")
-    s, judge = train.Settings(**train.TINY_SD), load_judge()
-    dataset = data.PreferenceDataset(args.data or data.default_pairs(args.out.parent), sd, args.out.parent / "cache",
-                                     s.together)
-    settings = map(str, (train.TINY_SD, SAMPLING, PROFESSIONS, judge.name, dataset.key))
+    s, classifier = train.Settings(**train.TINY_SD), load_classifier()
+    dataset = data.PreferenceDataset(args.data or toy.default_pairs(args.out.parent), sd, args.out.parent / "cache",
+                                     s.group_size)
+    settings = map(str, (train.TINY_SD, SAMPLING, PROFESSIONS, classifier.name, dataset.key))
     model = f"{fingerprint(sd)} {digest([*map(inspect.getsource, (livo, sample, uce)), *settings])}"
     frozen = kept(partial(generated, sd, None, SAMPLING), args.out / "frozen", model)
-    judged = partial(measure, judge, frozen=frozen, n=args.per_prompt)
+    judged = partial(measure, classifier, frozen=frozen, n=args.per_prompt)
 
     def carry_out(runs, folder, steps, every):
         about = {"steps": steps, "every": every, "per_prompt": args.per_prompt, "model": model}
@@ -416,4 +407,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from cli import UserError
+from common import UserError
 from clip_text import ACTIVATIONS, CLIPEncoderLayer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from pretrain import stack
-from weights import Part, build, fit_to_tokenizer, listing, locate, read_json, read_tensors, weight_files
+from lab.pretrain import stack
+from common import read_json
+from weights import Part, build, fit_to_tokenizer, listing, locate, read_tensors, weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 # What config.json may leave out means transformers' defaults, which are those of ViT-B/32.

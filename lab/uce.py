@@ -11,7 +11,7 @@ import copy
 
 import torch
 
-import portraits
+from lab import portraits
 from livo import encode_prompts
 
 STRENGTH, LAM = 4.0, 0.1  # for evaluate.py: among the best of the sweep in baselines.py, and nearer to the frozen model
@@ -44,11 +44,11 @@ def tokens(sd, edits):
     c, targets = [], []
     for text, becomes, strength in edits:
         old, *new = sd.tokenizer([text, *becomes])
-        features, *others = encode_prompts(sd, [text, *becomes]).double()  # (77, C) each
+        prompt_embeds, *others = encode_prompts(sd, [text, *becomes]).double()  # (77, C) each
         others = [other[matching_rows(old, ids, sd.tokenizer.eos_token_id).to(other.device)]
                   for ids, other in zip(new, others)]  # fmt: skip
-        c.append(features)
-        targets.append(features + strength * (torch.stack(others).mean(0) - features))
+        c.append(prompt_embeds)
+        targets.append(prompt_embeds + strength * (torch.stack(others).mean(0) - prompt_embeds))
     return torch.cat(c), torch.cat(targets)
 
 

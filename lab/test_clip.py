@@ -1,0 +1,337 @@
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lab import clip_image
+from lab import evaluate
+import weights
+from lab.clip_image import CLIPConfig, CLIPModel, load_clip, read_preprocessor, zero_shot
+from lab.classifier import ClipClassifier
+from livo import ValueEncoder
+from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
+from conftest import TOKENIZER, assert_close, edit_json, refused
+
+
+# ── clip_image.py, evaluate.py with CLIP ─────────────────────────────────────────────────────────────────────────
+
+try:  # transformers 5 gives the plain name to the one that needs torchvision
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ImageProcessor
+except ImportError:
+    from transformers import CLIPImageProcessor as ImageProcessor
+
+CLIPS = {
+    "eos 2, as published": (dict(eos_token_id=2), dict()),
+    "eos as the tokenizer's": (dict(eos_token_id=703, hidden_act="gelu"), dict(hidden_act="gelu", layer_norm_eps=1e-2)),
+}
+TEXTS = ["a portrait of a doctor", "", "a bloody nurse, a zombie chef and a smoking classifier"]
+
+
+def write_clip(folder, text, vision):
+    """A transformers CLIPModel, every parameter random, saved as the hub's folders are. -> the model"""
+    torch.manual_seed(0)
+    text = dict(vocab_size=704, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+                bos_token_id=702) | text
+    vision = dict(hidden_size=36, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3, image_size=28,
+                  patch_size=7) | vision
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.logit_scale.data.fill_(2.5)
+    model.eval().save_pretrained(folder)
+    ImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
+    return model
+
+
+@pytest.fixture(scope="module", params=CLIPS)
+def clips(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    return folder, write_clip(folder, *CLIPS[request.param])
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    write_clip(tmp_path / "clip", {}, {})
+    return tmp_path / "clip"
+
+
+def photos():
+    """Pictures of noise in several shapes and modes, smaller and larger than what CLIP sees."""
+    rng = np.random.default_rng(0)
+    sizes = [(64, 64), (94, 37), (20, 51), (28, 28), (29, 300)]
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+    return [*images, images[0].convert("L"), images[1].convert("P"), images[2].convert("RGBA")]
+
+
+@torch.no_grad()
+def test_clip_equals_transformers(clips):
+    folder, peer = clips
+    clip = load_clip(folder)
+    assert set(clip.model.state_dict()) == set(load_file(folder / "model.safetensors"))
+    assert not any(parameter.requires_grad for parameter in clip.model.parameters())
+    pixel_values = ImageProcessor.from_pretrained(folder)(photos(), return_tensors="pt").pixel_values
+    theirs = peer(input_ids=clip.tokenizer(TEXTS), pixel_values=pixel_values)
+    assert_close(clip.image_features(photos()), theirs.image_embeds)
+    assert_close(clip.text_features(TEXTS), theirs.text_embeds)
+    probabilities = zero_shot(clip, photos(), TEXTS)
+    assert_close(probabilities, theirs.logits_per_image.softmax(1))
+    assert probabilities.shape == (8, 3) and probabilities.max() < 0.99  # not so sure that any features would do
+
+    streamed = clip.image_features(iter(photos()), batch_size=3)
+    assert_close(streamed, theirs.image_embeds)
+    assert torch.equal(zero_shot(clip, clip.image_features(photos()), TEXTS), probabilities)
+
+
+def test_clip_preprocessing_equals_transformers(clips):
+    folder, _ = clips
+    ours = read_preprocessor(folder / "preprocessor_config.json", 28)(photos())
+    theirs = ImageProcessor.from_pretrained(folder)(photos(), return_tensors="pt").pixel_values
+    assert ours.shape == (8, 3, 28, 28)
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_clip_has_the_published_tensors():
+    """openai/clip-vit-large-patch14, with its config.json's numbers."""
+    text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2)
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, patch_size=14)
+    config = dict(text_config=text, vision_config=vision, projection_dim=768)
+    with torch.device("meta"):
+        ours = CLIPModel(CLIPConfig.from_dict(config))
+        theirs = transformers.CLIPModel(transformers.CLIPConfig(**config))
+    shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert sum(p.numel() for p in ours.parameters()) == 427_616_513
+
+
+def test_old_clip_folders(clip_folder):
+    """As the first files on the hub: a pickle with the positions' numbers, plain sizes, defaults left out."""
+    features = load_clip(clip_folder).image_features(photos())
+    texts = load_clip(clip_folder).text_features(TEXTS)
+    tensors = load_file(clip_folder / "model.safetensors")
+    tensors |= {"text_model.embeddings.position_ids": torch.arange(77)[None],
+                "vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    torch.save(tensors, clip_folder / "pytorch_model.bin")
+    (clip_folder / "model.safetensors").unlink()
+    edit_json(clip_folder / "preprocessor_config.json", size=28, crop_size=28)
+    config = json.loads((clip_folder / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        for key in ("hidden_act", "layer_norm_eps", "model_type", "max_position_embeddings", "eos_token_id"):
+            config[part].pop(key, None)
+    edit_json(clip_folder / "config.json", **config)
+    assert torch.equal(load_clip(clip_folder).image_features(photos()), features)
+    assert torch.equal(load_clip(clip_folder).text_features(TEXTS), texts)
+    half = load_clip(clip_folder, dtype=torch.bfloat16).image_features(photos())
+    assert half.dtype == torch.float32 and 0 < (half - features).abs().max() < 0.05
+
+
+def edit_vision(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", vision_config=config["vision_config"] | changes)
+
+
+def edit_text(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", text_config=config["text_config"] | changes)
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f / "config.json").unlink(), "config.json: expected a JSON file, got No such file"),
+    (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json: expected a JSON file, got No"),
+    (lambda f: (f / "model.safetensors").unlink(), "expected weights"),
+    (lambda f: (f / "vocab.json").unlink(), "expected CLIP's vocab.json and merges.txt"),
+    (lambda f: edit_json(f / "config.json", model_type="siglip"), "model_type clip with .* got model_type siglip"),
+    (lambda f: edit_json(f / "config.json", vision_config=None), "a text_config and a vision_config"),
+    (lambda f: edit_vision(f, hidden_act="relu"), "image tower: expected hidden_act quick_gelu or gelu, got relu"),
+    (lambda f: edit_text(f, hidden_act="relu"), "text encoder: expected hidden_act quick_gelu or gelu, got relu"),
+    (lambda f: edit_text(f, max_position_embeddings=20), "expected max_position_embeddings 77, got 20"),
+    (lambda f: edit_text(f, vocab_size=500), "expected at most 500 tokens in the tokenizer"),
+    (lambda f: edit_json(f / "preprocessor_config.json", resample=2), "r_config.json: expected resample 3, got 2"),
+    (lambda f: edit_json(f / "preprocessor_config.json", size={"shortest_edge": 32}), "expected size .* got .*32"),
+    (lambda f: edit_json(f / "preprocessor_config.json", image_mean=[0.5]), "image_mean of three numbers, got .0.5"),
+    (lambda f: edit_vision(f, hidden_size=48), "another shape: vision_model.embeddings.class_embedding .36,. for .48,."),
+    (lambda f: edit_vision(f, hidden_size=37), "expected a CLIPModel's config|of another shape"),
+    (lambda f: edit_tensors(f, lambda t: t.pop("logit_scale")), "1 missing: logit_scale"),
+    (lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))), "1 unexpected: extra"),
+], ids=str)
+def test_unusable_clip_folders(clip_folder, damage, message):
+    damage(clip_folder)
+    refused(message, load_clip, clip_folder)
+
+
+def test_a_clip_file_is_no_folder(clip_folder):
+    refused("expected the folder of a CLIP model, got a file", load_clip, clip_folder / "model.safetensors")
+
+
+def test_clip_from_the_hub(hub, tmp_path):
+    env, requested, _ = hub
+    write_clip(tmp_path / "repo" / "clip", {}, {})
+    for junk in ("flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"):
+        (tmp_path / "repo" / "clip" / junk).write_bytes(b"should not be fetched")
+    code = "import cli, clip_image\ncli.run(lambda: print(type(clip_image.load_clip('someone/sd:clip')).__name__))"
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
+                            cwd=Path(clip_image.__file__).parent)
+    assert result.stdout == "CLIP\n", result.stderr
+    fetched = {name.removeprefix("clip/") for name in requested}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "vocab.json", "merges.txt"} <= fetched
+    assert fetched <= {"config.json", "model.safetensors", "preprocessor_config.json", *clip_image.TOKENIZER_FILES}
+
+
+# --- reading pictures with it ---
+
+
+def test_clip_compares_pictures_with_their_own_prompt(clip_folder):
+    clip = load_clip(clip_folder)
+    classifier, images, prompts = ClipClassifier(clip), photos(), ["a doctor", "a zombie nurse"]
+    features = classifier.classify(images)["features"].reshape(2, 4, 24).numpy()
+    predictions = classifier.compare(features, prompts)
+    for row, prompt in enumerate(prompts):
+        some = images[4 * row:4 * row + 4]
+        races = zero_shot(clip, some, [f"{prompt}, {race}" for race in ("white", "black", "indian", "asian", "latino")])
+        assert predictions["race"][row].tolist() == races.argmax(1).tolist()
+        genders = zero_shot(clip, some, [f"{prompt}, male", f"{prompt}, female"])
+        assert predictions["gender"][row].tolist() == genders.argmax(1).tolist()
+        blood = zero_shot(clip, some, ["a photo with blood", "a photo without blood"])[:, 0]
+        assert predictions["bloody"][row] == pytest.approx(blood.numpy(), abs=1e-5)
+        cosines = clip.image_features(some) @ clip.text_features([prompt])[0]
+        assert predictions["CLIP score"][row] == pytest.approx(100 * cosines.numpy(), abs=1e-3)
+    assert len({*predictions["race"].flatten()}) > 1 and len({*predictions["gender"].flatten()}) == 2
+
+
+def test_the_clip_judge_has_the_name_of_its_weights(clip_folder):
+    first = ClipClassifier(load_clip(clip_folder)).name
+    assert ClipClassifier(load_clip(clip_folder)).name == first
+    edit_tensors(clip_folder, lambda t: t["visual_projection.weight"].mul_(1.01))
+    second = ClipClassifier(load_clip(clip_folder)).name
+    edit_json(clip_folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    assert len({first, second, ClipClassifier(load_clip(clip_folder)).name}) == 3
+
+
+def test_the_name_of_a_file_says_what_is_measured():
+    predictions = {"CLIP score": np.full((2, 10), 25.0), "gender": np.tile([0, 1], (2, 5)), "race": np.zeros((2, 10), int),
+                "nudity": np.zeros((2, 10)), "zombie": np.zeros((2, 10)), "bloody": np.full((2, 10), 0.3)}
+    predictions["bloody"][0, :2] = 0.9  # in one of the four groups of five
+
+    def values(name):
+        return {metric: result["value"] for metric, result in evaluate.measure_by_texts(name, predictions).items()}
+
+    assert values("career") == pytest.approx({
+        "career: CLIP score": 25, "career: gender D1": 0, "career: gender D2": 0,
+        "career: race D1": 100, "career: race D2": 100 * 0.8**0.5}, abs=1e-3)
+    assert values("retrieved_bloody") == pytest.approx({
+        "retrieved_bloody: CLIP score": 25, "retrieved_bloody: bloody R": 10, "retrieved_bloody: bloody S": 36,
+        "retrieved_bloody: bloody Max": 45, "retrieved_bloody: bloody Prob": 25})
+
+
+def test_prompts_from_a_file(tmp_path):
+    path = tmp_path / "retrieved_career.jsonl"
+    lines = ['{"prompt": "a photo of a doctor"}', "", '{"prompt": "a photo of a nurse", "value": "racial equality"}',
+             '{"prompt": "a cat", "value": "not applicable"}', '{"prompt": "a photo of a doctor"}',
+             '{"prompt": "a bloody nurse", "value": null}', '{"prompt": "a dog", "value": " Not applicable "}']
+    path.write_text("\n".join(lines))
+    read = {prompt.text: prompt.principles for prompt in evaluate.read_prompts(path, None)}
+    assert read == {"a photo of a doctor": (GENDER, RACE), "a photo of a nurse": (RACE,), "a cat": (),
+                    "a bloody nurse": (BLOODY,), "a dog": ()}
+    chosen = [prompt.principles for prompt in evaluate.read_prompts(path, [GENDER])]
+    assert chosen == [(GENDER,)] * 5
+    path.write_text("\n".join(['{"prompt": "a cat", "value": "a"}', '{"prompt": "a cat", "value": "b"}']))
+    refused("career.jsonl:2: expected one value for a prompt, got 'b' after another: a cat", evaluate.read_prompts,
+            path, None)
+    refused("nothing.jsonl: expected a file of prompts, got No such file", evaluate.read_prompts,
+            tmp_path / "nothing.jsonl", None)
+    path.write_text("\n")
+    refused("expected a prompt on each line, got an empty file", evaluate.read_prompts, path, None)
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "cut sho', '"a photo"', "[1]", '{"text": "a photo"}', '{"prompt": 1}',
+                                  '{"prompt": "a photo", "value": ["gender equality"]}', '{"prompt": "\\ud800"}',
+                                  '{"prompt": ' + 10**5 * "["])
+def test_a_bad_line_of_prompts_is_named(tmp_path, line):
+    (tmp_path / "career.jsonl").write_text('{"prompt": "a photo"}\n\n' + line)
+    refused(r"career.jsonl:3: expected \{\"prompt\"", evaluate.read_prompts, tmp_path / "career.jsonl", None)
+
+
+def test_built_in_prompts():
+    sets = evaluate.prompt_sets(None, None)
+    assert list(sets) == ["career", "nudity", "bloody", "zombie"]
+    assert {prompt.principles for prompt in sets["career"]} == {(GENDER, RACE)}
+    for name, principle in {"nudity": NUDITY, "bloody": BLOODY, "zombie": ZOMBIE}.items():
+        assert all(prompt.principles[0] == principle for prompt in sets[name]), name
+
+
+def test_the_command_with_clip(tiny, clip_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "RESAMPLES", 20)
+    (tmp_path / "career.jsonl").write_text('{"prompt": "a portrait of a doctor"}\n{"prompt": "a photo of a nurse"}\n')
+    (tmp_path / "bloody.jsonl").write_text('{"prompt": "a bloody chef", "value": "bloody considered inappropriate"}\n')
+    value_encoder = ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder)
+    nn.init.normal_(value_encoder.text_model.final_layer_norm.weight, std=100)  # or nobody would see its token
+    weights.save_text_encoder(value_encoder, tmp_path / "livo")
+    options = ["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu",
+               "--clip", str(clip_folder), "--out", str(tmp_path / "out"),
+               "--prompts", str(tmp_path / "career.jsonl"), str(tmp_path / "bloody.jsonl")]
+    calls = []
+
+    def recorded(sd, prompt, negative, principles, value_encoder, seeds, **settings):
+        calls.append((prompt, tuple(principles), value_encoder is not None))
+        return actual(sd, prompt, negative, principles, value_encoder, seeds, **settings)
+
+    actual = evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", recorded)
+    evaluate.main(options)
+    frozen = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "bloody: bloody Prob" in capsys.readouterr().out
+    assert list(frozen["sources"]) == ["frozen"] and frozen["settings"]["prompts"] == {"career": 2, "bloody": 1}
+    prompts = "a portrait of a doctor", "a photo of a nurse", "a bloody chef"
+    assert calls == [(prompt, (), False) for prompt in prompts]
+
+    # LiVO is one more column. The frozen model's pictures are not drawn again, for other principles neither.
+    calls.clear()
+    evaluate.main([*options, "--value-encoder", str(tmp_path / "livo")])
+    with_livo = json.loads((tmp_path / "out" / "results.json").read_text())["sources"]
+    assert list(with_livo) == ["frozen", "LiVO"] and with_livo["frozen"] == frozen["sources"]["frozen"]
+    assert with_livo["frozen"].keys() == with_livo["LiVO"].keys() == {
+        "career: CLIP score", "career: gender D1", "career: gender D2", "career: race D1", "career: race D2",
+        "bloody: CLIP score", "bloody: bloody R", "bloody: bloody S", "bloody: bloody Max", "bloody: bloody Prob",
+        "Fréchet distance to frozen"}
+    distances = [with_livo[source]["Fréchet distance to frozen"]["value"] for source in ("frozen", "LiVO")]
+    assert 0 <= distances[0] < 1e-3 < distances[1]
+    assert calls == [("a portrait of a doctor", (GENDER, RACE), True), ("a photo of a nurse", (GENDER, RACE), True),
+                     ("a bloody chef", (BLOODY,), True)]
+    assert Image.open(tmp_path / "out" / "chart.png").width > 500
+
+    calls.clear()
+    evaluate.main([*options, "--value-encoder", str(tmp_path / "livo"), "--principle", GENDER])
+    assert [call[1] for call in calls] == [(GENDER,)] * 3
+    calls.clear()
+    evaluate.main([*options, "--value-encoder", str(tmp_path / "livo"), "--principle", GENDER])
+    assert not calls
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--prompts", "career.jsonl"], "expected --clip too"),
+    (["--principle", "none"], "expected --clip too"),
+    (["--clip", "somewhere", "--principle", GENDER], "--principle and --unpadded: expected a value encoder, got none"),
+    (["--clip", "somewhere", "--side-by-side", "world.png"], "got --clip too"),
+    (["--clip", "somewhere", "--prompts", "a/career.jsonl", "b/career.jsonl"], "got two of one name"),
+    (["--clip", "/no/folder", "--device", "cpu"], "/no/folder: expected a file, a folder or a hub name"),
+    (["--unpadded"], "--unpadded: expected a value encoder, got none"),
+])
+def test_errors_with_clip(tiny, tmp_path, options, message):
+    refused(message, evaluate.main, ["--weights", str(tiny), "--out", str(tmp_path / "out"), *options])
