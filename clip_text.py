@@ -1,35 +1,31 @@
-"""CLIP's text side: a tokenizer that turns prompts into ids, a tower that turns ids into features.
+"""CLIP's tokenizer and text encoder.
 
     tokenizer = CLIPTokenizer("stable-diffusion-v1-5/tokenizer")
     ids = tokenizer(["a photo of a cat"])              # (1, 77)
-    features, pooled = CLIPTextModel(config)(ids)      # (1, 77, 768), (1, 768)
+    hidden, pooled = CLIPTextModel(config)(ids)        # (1, 77, 768), (1, 768)
 
-One tower serves SD 1.x (CLIP ViT-L/14) and SD 2.x (OpenCLIP ViT-H/14 without its last layer, as published):
-they differ in the numbers of text_encoder/config.json alone. Paper: Radford et al. 2021, arXiv 2103.00020.
+SD 1.x uses CLIP ViT-L/14, SD 2.x OpenCLIP ViT-H/14 without its last layer. They are two configurations of one class.
+Shapes: B texts, N tokens each (77 in SD), C channels. Paper: Radford et al. 2021, arXiv 2103.00020.
 """
 
-import json
-import tempfile
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from torch import nn
 
 from attention import attend, project
-from common import UserError, atomic
+from common import UserError
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 @dataclass
 class CLIPTextConfig:
-    """The tower's numbers under config.json's names; the defaults are those of SD 1.x.
+    """Field names are those of `text_encoder/config.json`; the defaults are SD 1.x.
 
     SD 2.x: hidden_size 1024, intermediate_size 4096, 23 layers, 16 heads, hidden_act "gelu".
     """
@@ -46,27 +42,22 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, config):
-        """Make it from the dictionary in config.json; keys that it has no field for are ignored.
-
-        Raises UserError where a number is missing, or where the file describes another model than this one.
-        """
+        """Make it from the dictionary in config.json; other keys are ignored. Raises UserError if it is unsupported."""
         if config.get("model_type", "clip_text_model") != "clip_text_model":
             raise UserError(f"text encoder: expected model_type clip_text_model, got {config['model_type']}")
         if missing := [field.name for field in fields(cls) if field.name not in config]:
             raise UserError(f"text encoder: expected {', '.join(missing)} in its config, got none")
         self = cls(**{field.name: config[field.name] for field in fields(cls)})
         if self.hidden_act not in ACTIVATIONS:
-            expected = " or ".join(ACTIVATIONS)
-            raise UserError(f"text encoder: expected hidden_act {expected}, got {self.hidden_act}")
+            raise UserError(f"text encoder: expected hidden_act {' or '.join(ACTIVATIONS)}, got {self.hidden_act}")
         if self.eos_token_id == 2:
-            # The files of SD 1.x and 2.x say 2, which is "#". The end of text is CLIP's 49407,
-            # or the last id of a smaller vocabulary.
+            # Published files of SD say 2, the id of "#". The end of text is CLIP's 49407, or a small vocabulary's last.
             self.eos_token_id = min(49407, self.vocab_size - 1)
         return self
 
 
 class CLIPEncoderLayer(nn.Module):
-    """One layer of either tower, (B, N, C) -> (B, N, C). causal: a token sees only those up to itself (text)."""
+    """One layer of the text (causal) or the image encoder, (B, N, C) -> (B, N, C)."""
 
     def __init__(self, config, causal=True):
         super().__init__()
@@ -82,14 +73,14 @@ class CLIPEncoderLayer(nn.Module):
 
     def forward(self, x):
         attention, mlp = self.self_attn, self.mlp
-        q, k, v = project(self.layer_norm1(x), attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = project(self.layer_norm1(x), attention.q_proj, attention.k_proj, attention.v_proj)  # (B, N, C) each
         x = x + attention.out_proj(attend(q, k, v, self.heads, self.causal))
         hidden = self.activation(mlp.fc1(self.layer_norm2(x)))  # (B, N, 4C)
         return x + mlp.fc2(hidden)  # (B, N, C)
 
 
 class CLIPTextModel(nn.Module):
-    """The tower. Its keys are those of the published text_encoder files; it holds parameters, no buffers."""
+    """The text encoder. Parameter names are those of the published text_encoder files."""
 
     def __init__(self, config):
         super().__init__()
@@ -107,12 +98,12 @@ class CLIPTextModel(nn.Module):
         })
 
     def forward(self, ids):
-        """ids (B, N ≤ 77) -> features (B, N, C), and of these the row at the end of text, (B, C).
+        """ids (B, N) -> the last hidden state (B, N, C), and its row at each text's first end-of-text id, (B, C).
 
-        Without a padding mask: Stable Diffusion was trained on features that had seen the pads.
+        There is no padding mask: Stable Diffusion was trained without one.
         """
-        # Pads may repeat the end-of-text id, so the first one counts. In a row that has none,
-        # argmax alone would point at the start of text and nobody would notice.
+        # Padding may repeat the end-of-text id, so the first one counts. argmax alone would return the start of text
+        # for a row without any, unnoticed.
         is_end = (ids == self.config.eos_token_id).int()
         assert is_end.any(dim=1).all(), f"every row needs the end-of-text id {self.config.eos_token_id}"
 
@@ -124,82 +115,46 @@ class CLIPTextModel(nn.Module):
         return x, x[torch.arange(len(x), device=x.device), is_end.argmax(dim=1)]  # (B, N, C), (B, C)
 
 
-END_OF_WORD = "</w>"
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-SPECIAL_TOKENS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-# CLIP's words: a special token, an English ending, a run of letters, one digit, a run of anything but spaces.
+BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+# CLIP's words: a special token, an English ending, a run of letters, one digit, a run of anything else but spaces.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clip_backend(bpe):
-    """The pipeline in front of the byte pairs: NFC, white space to one space, lower case, words, bytes."""
+    """Byte pairs behind NFC, white space to one space, lower case, words, bytes."""
     backend = Tokenizer(bpe)
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
-         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return backend
 
 
-def read_json(path):
-    """The dictionary in an optional JSON file: {} if there is none."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
 class CLIPTokenizer:
-    """Prompts to ids, the same ones as transformers 5's CLIPTokenizer (version 4's CLIPTokenizerFast).
+    """Texts to ids, equal to those of transformers 5's CLIPTokenizer (version 4's CLIPTokenizerFast).
 
-    OpenAI's own tokenizer also repairs mojibake (ftfy) and decodes HTML entities; here "&amp;" stays.
-    An SD 2.x folder pads with "!", id 0, and reads every "!" of a prompt as that too.
+    OpenAI's own tokenizer also repairs mojibake (ftfy) and decodes HTML entities. Here "&amp;" stays.
+    An SD 2.x folder pads with "!", id 0, which is also the id of every "!" in a prompt.
 
-    folder: holds tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json and
-    special_tokens_map.json may name the special tokens. Raises UserError if there is no usable vocabulary.
+    folder: holds tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json and special_tokens_map.json may
+        name the special tokens and the length. Raises UserError without a usable vocabulary.
     """
 
-    max_length = 77
+    max_length = 77  # N, where tokenizer_config.json has no other
 
     def __init__(self, folder):
-        folder = Path(folder)
-        try:
-            config, whole = read_json(folder / "tokenizer_config.json"), read_json(folder / "tokenizer.json")
-            if "added_tokens_decoder" not in config:  # in older folders another file has the last word
-                config |= read_json(folder / "special_tokens_map.json")
-            if whole:
-                vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
-                merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-            else:
-                vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-            self.backend = clip_backend(BPE(vocab, merges, unk_token=EOS, end_of_word_suffix=END_OF_WORD))
-
-            # Tokens found whole, before any splitting: those listed with an id, then the named ones not among
-            # them. `normalized` says whether the match ignores case; it differs between published folders.
-            added = config.get("added_tokens_decoder") or {t["id"]: t for t in whole.get("added_tokens", [])}
-            added = [added[key] for key in sorted(added, key=int)]
-            known = {token["content"] for token in added}
-            named = [config.get(name) or default for name, default in SPECIAL_TOKENS.items()]
-            named = [{"content": token} if isinstance(token, str) else token for token in named]
-            added += [{**token, "special": True} for token in named if token["content"] not in known]
-            added = [{flag: token[flag] for flag in TOKEN_FLAGS if flag in token} for token in added]
-            self.backend.add_tokens([AddedToken(**token) for token in added])
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            raise UserError(f"{folder}: expected CLIP's vocab.json and merges.txt, or its tokenizer.json, "
-                            f"got {error!r}") from error
-
-        self.special_tokens = {name: token["content"] for name, token in zip(SPECIAL_TOKENS, named)}
-        if missing := set(self.special_tokens.values()) - set(vocab):
-            raise UserError(f"{folder}: expected {', '.join(sorted(missing))} in the vocabulary, got none")
-        if sorted(vocab.values()) != list(range(len(vocab))):
-            raise UserError(f"{folder}: expected the ids 0 to {len(vocab) - 1} once each, got others")
-        self.bos_token_id = vocab[self.special_tokens["bos_token"]]
-        self.eos_token_id = vocab[self.special_tokens["eos_token"]]
-        self.pad_token_id = vocab[self.special_tokens["pad_token"]]
+        from formats.vocabulary import read_vocabulary  # here, so that importing the core loads nothing of formats/
+        bpe, added, self.special_tokens, length = read_vocabulary(Path(folder))
+        self.backend = clip_backend(bpe)
+        self.backend.add_tokens(added)
+        ids = {name: self.backend.token_to_id(token) for name, token in self.special_tokens.items()}
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = ids["bos_token"], ids["eos_token"], ids["pad_token"]
+        self.max_length = length or self.max_length
 
     def __call__(self, texts, pad=True):
-        """Texts -> their ids (B, 77), int64: start, words, end, pads. A text is cut to fit, with a warning.
+        """Texts -> their ids (B, N), int64: start, words, end, padding. A longer text is cut, with a warning.
 
-        pad=False: (B, N) without pads, for texts of one length N ≤ 77. Raises UserError for broken Unicode.
+        pad=False: no padding, for texts of one length. Raises UserError for broken Unicode.
         """
         assert not isinstance(texts, str), "the tokenizer takes a list of texts"
         rows, room = [], self.max_length - 2
@@ -216,42 +171,4 @@ class CLIPTokenizer:
             rows.append([self.bos_token_id, *encoding.ids[:room], self.eos_token_id])
         if pad:
             rows = [row + [self.pad_token_id] * (self.max_length - len(row)) for row in rows]
-        return torch.tensor(rows)  # (B, 77)
-
-    def save(self, folder):
-        """Write vocab.json, merges.txt and the names of the special tokens, as transformers reads them."""
-        model = json.loads(self.backend.to_str())["model"]
-        added = {key: {flag: getattr(token, flag) for flag in TOKEN_FLAGS}
-                 for key, token in sorted(self.backend.get_added_tokens_decoder().items())}
-        config = {**self.special_tokens, "added_tokens_decoder": added, "model_max_length": self.max_length,
-                  "tokenizer_class": "CLIPTokenizer"}
-        for name, content in {
-            "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
-            "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"]),
-            "tokenizer_config.json": json.dumps(config, indent=2),
-            "special_tokens_map.json": json.dumps(self.special_tokens, indent=2),
-        }.items():
-            with atomic(Path(folder) / name) as path:
-                path.write_text(content, encoding="utf-8")
-
-
-def train_tokenizer(texts, vocab_size):
-    """Learn byte pairs from `texts` -> a CLIPTokenizer of `vocab_size` ids in CLIP's order.
-
-    The order: 256 bytes, the same 256 at a word's end, merges, start of text, end of text.
-    Raises UserError if the texts hold too few pairs to fill it.
-    """
-    # As reserved tokens all 512 symbols come first, in CLIP's order, even those that the texts do not use:
-    # any later prompt can be spelt, and equal texts give equal ids.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    alphabet += [symbol + END_OF_WORD for symbol in alphabet]
-    backend = clip_backend(BPE(end_of_word_suffix=END_OF_WORD))
-    backend.train_from_iterator(texts, BpeTrainer(vocab_size=vocab_size - 2, special_tokens=alphabet,
-                                                  end_of_word_suffix=END_OF_WORD, show_progress=False))
-    model = json.loads(backend.to_str())["model"]
-    vocab = {token: i for i, token in enumerate([*model["vocab"], BOS, EOS])}
-    if len(vocab) != vocab_size:
-        raise UserError(f"tokenizer: expected texts that give {vocab_size} ids, got {len(vocab)}")
-    with tempfile.TemporaryDirectory() as folder:
-        BPE(vocab, [tuple(pair) for pair in model["merges"]], end_of_word_suffix=END_OF_WORD).save(folder)
-        return CLIPTokenizer(folder)
+        return torch.tensor(rows)  # (B, N)

@@ -1,10 +1,8 @@
-"""What the commands of this repository share: one line for an error, options, files that are whole or absent."""
+"""What every command shares: options, one-line errors, atomic files."""
 
 import argparse
 import contextlib
-import ctypes
 import json
-import math
 import os
 import shutil
 import sys
@@ -13,12 +11,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
+
+# Options that have a new name.
+RENAMED = {"--t-low": "--min-timestep", "--bias-share": "--bias-alpha-scale", "--token-lr": "--final-ln-lr-scale",
+           "--together": "--group-size", "--value-share": "--value-fraction", "--harmless": "--preservation"}
 
 
 class UserError(Exception):
-    """Something the user can mend. The command prints its one line and ends with exit code 2."""
+    """An error caused by user input. It is printed as one line, exit code 2."""
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -27,33 +27,23 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults, and reports a bad option as every other error is reported."""
+    """argparse with defaults in its help and one-line errors."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=Formatter, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if new := RENAMED.get(str(word).split("=")[0]):
+                raise UserError(f"expected {new}, the new name of the option, got {word}")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         raise UserError(message)
 
 
-def keep_freed_memory(large=False):
-    """Let glibc's malloc reuse what is freed from now on. By default it hands large blocks back to the system, which
-    clears every page of the next one: on a CPU that doubles the time of a layer whose output takes tens of megabytes.
-    Blocks above 32 MB, the most that glibc allows, still go back, unless `large`: kept ones would leave gaps in the
-    peak of a VAE. A full-size UNet's way back wants them kept, for the weights that it rearranges in every layer."""
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
-    with contextlib.suppress(AttributeError, TypeError):  # another C library, another system
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)  # the gaps that loading has left
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        if large:
-            libc.mallopt(M_MMAP_MAX, 0)
-
-
 def run(main):
-    """Call `main()`. A UserError becomes `error: …` on stderr and exit code 2, Ctrl-C exit code 130; a warning
-    is one line too."""
+    """Call main(). A UserError becomes `error: …` and exit code 2, Ctrl-C exit code 130; a warning is one line too."""
     warnings.showwarning = lambda text, *_: print(f"warning: {' '.join(str(text).split())}", file=sys.stderr)
     try:
         main()
@@ -66,15 +56,15 @@ def run(main):
 
 
 def number(kind, low, high):
-    """An argparse type: a number from low to high, ends included."""
+    """An argparse type: a number from low to high, both included."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:  # so is NaN caught
+        if not low <= value <= high:  # this refuses NaN too
             raise argparse.ArgumentTypeError(f"expected {low} … {high}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse's words for text that is no number at all
+    parse.__name__ = kind.__name__  # argparse names it in its error
     return parse
 
 
@@ -85,8 +75,9 @@ def add_device_options(parser, default="fp16 on CUDA, else fp32"):
 
 
 def pick_device(name, dtype):
-    """The options --device and --dtype -> torch's device and dtype, None for "auto", which the model has a say in.
-    Under torchrun "auto" and "cuda" are a GPU for each process of the machine. Raises UserError for an absent device.
+    """The options --device and --dtype -> torch.device, torch.dtype (None for "auto": the model decides too).
+
+    Under torchrun each process of a machine gets a GPU of its own. Raises UserError for a device that is not there.
     """
     try:
         if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -96,11 +87,13 @@ def pick_device(name, dtype):
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where the kernels of attention.py start
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch has no narrower one
-        first_sentence = str(error).splitlines()[0].split(". ")[0]
-        raise UserError(f"--device {name}: {first_sentence}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises nothing narrower
+        raise UserError(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}") from error
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
     return device, {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_writable(folder):
@@ -114,7 +107,7 @@ def check_writable(folder):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`; rename it to `path` if the block succeeds, remove it if not."""
+    """Yield a temporary name beside `path`. Rename it to `path` if the block succeeds, else remove it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -128,53 +121,9 @@ def atomic(path):
             temporary.unlink()
 
 
-def grid(images):
-    """Images of one size, row by row on a sheet that is nearly square."""
-    columns = math.ceil(math.sqrt(len(images)))
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet
-
-
-def captioned(rows):
-    """(caption, PIL images) of every row -> a sheet, each caption above its row. The images have one size."""
-    font, (width, height) = ImageFont.load_default(), rows[0][1][0].size
-    strip = 16  # pixels for a caption in the default font
-    widths = [max(len(images) * width, math.ceil(font.getlength(caption)) + 8) for caption, images in rows]
-    sheet = Image.new("RGB", (max(widths), len(rows) * (height + strip)), "white")
-    for row, (caption, images) in enumerate(rows):
-        top = row * (height + strip)
-        ImageDraw.Draw(sheet).text((4, top + 2), caption, "black", font)
-        for column, image in enumerate(images):
-            sheet.paste(image, (column * width, top + strip))
-    return sheet
-
-
-def comparison(without, with_value, principle):
-    """Two captioned rows of pictures of the same noise: without the value token, and with it."""
-    return captioned([("without a principle", without), (principle, with_value)])
-
-
-def read_json(path):
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: expected a JSON file, got {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
-
-
 @contextlib.contextmanager
 def atomic_folder(folder, marker):
-    """Yield a temporary folder beside `folder`, to take its place if the block succeeds, to vanish if not.
-
-    Only a folder with a file `marker`, an earlier one of its kind, is replaced.
-    """
+    """The same for a folder. An existing one is replaced only if it has a file `marker`, as an earlier one of its kind."""
     folder = Path(folder).absolute()
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
@@ -191,13 +140,26 @@ def atomic_folder(folder, marker):
             if old.exists():
                 os.replace(old, folder)
             raise
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_json(path, config):
+def read_json(path):
+    """The object in a JSON file. Raises UserError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: expected a JSON file, got {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -27,7 +27,9 @@ from lab import portraits
 import train
 import weights
 from common import UserError
-from clip_text import CLIPTextConfig, CLIPTextModel, train_tokenizer
+from clip_text import CLIPTextConfig, CLIPTextModel
+from formats.export import save
+from lab.tokenizer import train_tokenizer
 from livo import ValueEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -125,7 +127,7 @@ def root(tmp_path_factory):
 def folder(sd, root, tmp_path_factory):
     """Where commands run: the checkpoint as a folder, and the cache of the data already there."""
     folder = tmp_path_factory.mktemp("work")
-    weights.save(sd, folder / "model", torch.float32)
+    save(sd, folder / "model", torch.float32)
     data.PreferenceDataset(root, weights.load(folder / "model"), folder / "cache")
     return folder
 
@@ -277,7 +279,7 @@ def hub(published, tmp_path):
 
 def fetch(env, call):
     """In a process of its own: huggingface_hub reads the environment when it is imported."""
-    code = f"import cli, weights\ndef main():\n    model = weights.{call}\n    print('loaded', type(model).__name__)\ncli.run(main)"
+    code = f"import common, weights\ndef main():\n    model = weights.{call}\n    print('loaded', type(model).__name__)\ncommon.run(main)"
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=Path(weights.__file__).parent)
 
 
@@ -317,5 +319,5 @@ def tiny(tmp_path_factory):
     vae = VAE(VAEConfig(block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4))
     sd = weights.StableDiffusion(unet, vae, text, tokenizer, weights.SCHEDULER)
     folder = tmp_path_factory.mktemp("tiny") / "tiny-sd"
-    weights.save(sd, folder)
+    save(sd, folder)
     return folder

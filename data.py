@@ -1,53 +1,36 @@
-"""Preference data: (prompt, aligned image y_w, violating image y_l, principle), read, encoded and drawn.
+"""Preference data: (prompt, principle, aligned image y_w, violating image y_l), read, encoded once, and paired.
 
-    dataset = PreferenceDataset(root, sd, cache)      # reads the authors' layout, encodes once, memory-maps
-    pair = dataset.pair(position, seed, times)        # latents of y_w and y_l, noise and time: one training row
-    render_pairs(folder)                      # the default set, drawn in seconds, in the same layout
+    dataset = PreferenceDataset(root, sd, cache)
+    pair = dataset.pair(position, seed, timesteps)      # latents of y_w and y_l, eps and t: one row of a batch
 
-    python data.py draw --out pairs     # the default set, or with --pairs bloody=600 another mix of it
-    python data.py build --out pairs    # a set of the model's own pictures: dataset.py
-    python data.py check pairs          # counts and faults, of anybody's set
-    python data.py show pairs           # a sheet of its pictures
-
-ROOT/<type>/<scene>/metadata.jsonl, as in the authors' release: for every image beside it a line
-{"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating. Ours adds the type preservation:
-scenes of aligned images alone, of prompts that the principle has nothing to do with. There y_l is y_w, and the
-principle learns to change nothing: `train.reference`.
+The layout is that of the authors' release, ROOT/<type>/<scene>/metadata.jsonl beside the images, with a line for each:
+{"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating. Scenes of the type `preservation`
+are ours: aligned images alone, of prompts that the principle has nothing to do with. There y_l is y_w, and the
+principle should change nothing (`train.reference_errors`). `python -m lab.dataset` builds and checks such folders.
 """
 
-import contextlib
 import functools
-import hashlib
 import json
 import math
 import random
-import shutil
-import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, chain, cycle, islice, pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
-from common import UserError
-from livo import encode_prompts
-from vae import sample_latent
-from common import atomic_folder, read_json, write_json
+from common import UserError, atomic_folder, read_json
+from latents import check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
 
-MAX_LOST = 0.01  # share of samples that may be unusable
-STALE = 3600  # seconds after which nobody writes to an unfinished cache any more
 PRESERVATION_TYPE = "preservation"
 JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image. `where`, the file and line that tell of it, is for messages."""
+    """One image. `where`, the file and line that describe it, is for messages."""
 
     path: Path
     prompt: str
@@ -57,16 +40,34 @@ class Sample:
     where: str
 
 
+@dataclass
+class Pair:
+    """A preference pair with all its randomness drawn."""
+
+    prompt: str
+    principle: str
+    prompt_embeds: torch.Tensor  # (77, C), of the frozen text encoder
+    z_w: torch.Tensor  # (4, h, w) float32, the latent of y_w
+    z_l: torch.Tensor  # of y_l
+    eps: torch.Tensor  # (4, h, w), the noise of both
+    t: int
+    preservation: bool  # y_l is y_w
+    where: str
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def read_sample(line, scene, root, where):
-    """A line of metadata.jsonl -> Sample. Raises ValueError or OSError for one that cannot be used."""
+    """A line of metadata.jsonl -> Sample. Raises ValueError or OSError for an unusable one."""
     entry = json.loads(line)
     if not isinstance(entry, dict) or not {"file_name", "prompt", "value", "label"} <= entry.keys():
         raise ValueError("expected an object with file_name, prompt, value and label")
     for key in ("file_name", "prompt", "value"):
         if not isinstance(entry[key], str) or not entry[key].strip():
             raise ValueError(f"expected a text as {key}, got {entry[key]!r}")
-        entry[key].encode()  # a half of a surrogate pair is a ValueError
-    if type(entry["label"]) is not int:  # True is one to isinstance
+        entry[key].encode()  # half of a surrogate pair is a ValueError
+    if type(entry["label"]) is not int:  # isinstance would take True
         raise ValueError(f"expected an integer as label, got {entry['label']!r}")
     path = (scene / entry["file_name"]).resolve()
     if Path(entry["file_name"]).is_absolute() or not path.is_relative_to(root.resolve()):
@@ -98,28 +99,26 @@ def read_lines(root):
 
 
 def read_samples(root):
-    """-> the usable samples of a dataset folder, and what is wrong with the others: [Sample], [str].
+    """-> usable samples of a dataset folder, and what is wrong with the others: [Sample], [str].
 
-    Raises UserError where there are none, or where more than MAX_LOST are unusable.
+    Raises UserError if there are none, or if more than MAX_UNUSABLE are unusable.
     """
     root, samples, faults = Path(root), [], []
     for line, scene, where in read_lines(root):
         try:
             samples.append(read_sample(line, scene, root, where))
-        except (ValueError, OSError, RecursionError) as error:  # the last of JSON that is nested too deep
+        except (ValueError, OSError, RecursionError) as error:  # the last of deeply nested JSON
             faults.append(f"{where}: {error}")
-    check_lost(faults, len(samples) + len(faults), root)
+    check_unusable(faults, len(samples) + len(faults), root)
     return samples, faults
 
 
-def check_lost(faults, total, root):
-    if len(faults) > MAX_LOST * total:
-        raise UserError(f"{root}: expected at most {MAX_LOST:.0%} unusable samples, "
-                        f"got {len(faults)} of {total}: {'; '.join(faults[:5])}")
+def is_preservation(sample):
+    return sample.scene.parent.name == PRESERVATION_TYPE
 
 
 def write_scene(folder, samples, suffix="png"):
-    """Write one scene: (PIL image, prompt, value, label) of every sample -> images and metadata.jsonl."""
+    """Write one scene, its images and metadata.jsonl. samples: [(PIL image, prompt, value, label)]."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
         for i, (image, prompt, value, label) in enumerate(samples):
@@ -129,42 +128,18 @@ def write_scene(folder, samples, suffix="png"):
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def crop(image, size):
-    """PIL -> (3, size, size) in [-1, 1]: the shorter side to `size` pixels, then the middle; the authors'."""
-    image, short = image.convert("RGB"), min(image.size)
-    image = image.resize([size * side // short for side in image.size], Image.Resampling.BILINEAR)
-    left, top = (round((side - size) / 2) for side in image.size)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # (size, size, 3)
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1
-
-
-# ------------------------------------------------------------------------------------------------ the pairs
-
-
-@dataclass
-class Pair:
-    """A pair with all its randomness drawn: what one row of a training batch is made of."""
-
-    prompt: str
-    principle: str
-    prompt_embeds: torch.Tensor  # (77, C), the prompt as the frozen text encoder gives it
-    z_w: torch.Tensor  # (4, h, w) float32, as z_l and eps: the latents of y_w, aligned, and y_l, violating
-    z_l: torch.Tensor
-    eps: torch.Tensor
-    t: int
-    preservation: bool  # then y_l is y_w
-    where: str  # the lines that tell of y_w and y_l
+# ── Pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class PreferenceDataset:
-    """The pairs of a dataset folder, encoded. len() is the number of aligned images.
+    """The pairs of a dataset folder. len() is the number of aligned images.
 
-    group_size: so many pairs in a row share their principle and type; 1 mixes them all.
-    key: a hash of the weights and of the data, wherever their folders lie.
+    group_size: so many consecutive pairs share principle and type; 1 mixes them all.
+    key: a hash of the weights and of the data's content.
 
-    The first use encodes everything into the folder `key` of `cache`; after that its files are memory-mapped. Unusable
-    samples, also those of a scene without aligned or without violating images, are warned of and skipped. Raises
-    UserError where `read_samples` does.
+    The first use encodes all images and prompts into the folder `cache`/`key`, whose files are memory-mapped from then
+    on. Unusable samples, and scenes without aligned or without violating images, are skipped with a warning.
+    Raises UserError as `read_samples` does.
     """
 
     def __init__(self, root, sd, cache, group_size=1):
@@ -178,22 +153,12 @@ class PreferenceDataset:
         total = len(samples) + len(faults)
         broken = {int(i): fault for i, fault in read_json(folder / "broken.json").items()}
         faults += [f"{samples[i].where}: {fault}" for i, fault in broken.items()]
-        prompts, c = unique_prompts(samples), sd.text_encoder.config.hidden_size
+        prompts = unique_prompts(samples)
         samples = [sample for i, sample in enumerate(samples) if i not in broken]
-        self.aligned, self.violating = [], {}  # (sample, row of latents), the latter by scene
-        have_aligned = {sample.scene for sample in samples if sample.aligned}
-        have_violating = {sample.scene for sample in samples if not sample.aligned or is_preservation(sample)}
-        for row, sample in enumerate(samples):
-            if sample.scene not in have_aligned & have_violating:
-                missing = "violating" if sample.scene in have_aligned else "aligned"
-                faults.append(f"{sample.where}: its scene has no {missing} image")
-            elif sample.aligned:
-                self.aligned.append((sample, row))
-            else:
-                self.violating.setdefault(sample.scene, []).append((sample, row))
+        self.aligned, self.violating = pair_up(samples, faults)
         for fault in faults:
             warnings.warn(f"{fault}; skipped")
-        check_lost(faults, total, root)
+        check_unusable(faults, total, root)
 
         self.group_size = group_size
         if group_size > 1:
@@ -204,8 +169,8 @@ class PreferenceDataset:
         channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
         shape = (len(samples), 2, 2, channels, size, size)  # sample, plain or mirrored, mean or log-variance
         self.latents = map_file(folder / "latents.bin", shape, torch.float16)
-        dtype = next(sd.text_encoder.parameters()).dtype
-        self.prompt_embeds = map_file(folder / "prompt_embeds.bin", (len(prompts), sd.tokenizer.max_length, c), dtype)
+        shape = (len(prompts), sd.tokenizer.max_length, sd.text_encoder.config.hidden_size)
+        self.prompt_embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
         self.prompt_rows = {prompt: row for row, prompt in enumerate(prompts)}
 
     def __len__(self):
@@ -216,38 +181,50 @@ class PreferenceDataset:
         epoch, i = divmod(position, len(epoch_order(seed, 0, self.groups, self.group_size)))
         return self.aligned[epoch_order(seed, epoch, self.groups, self.group_size)[i]]
 
-    def pair(self, position, seed, times):
-        """-> the Pair at a position of the run, with t from `times`. Epoch after epoch goes over the aligned
-        images, each in an order of its own, and draws a violating image of the same scene.
+    def pair(self, position, seed, timesteps):
+        """-> the Pair at a position of the run, with t from `timesteps`.
 
-        All that is random comes from (seed, position): neither the number of processes nor an interruption
-        changes it, and there is no random state to save.
+        An epoch goes over the aligned images in random order. Each meets a random violating image of its scene. All
+        randomness comes from (seed, position): neither the number of processes nor an interruption changes it, and
+        there is no random state to save.
         """
         rng = random.Random(f"pair {seed} {position}")
         generator = torch.Generator().manual_seed(rng.getrandbits(32))  # torch uses no more bits of a seed
         aligned, row_w = self.aligned_at(position, seed)
         violating, row_l = rng.choice(self.violating.get(aligned.scene) or [(aligned, row_w)])
-        mirrored = rng.randrange(2)  # both or neither: what a pair has in common, it keeps
+        mirrored = rng.randrange(2)  # both or neither; the authors flip each image by itself
         z_w, z_l = (sample_latent(*self.latents[row, mirrored].float(), generator) for row in (row_w, row_l))
         return Pair(aligned.prompt, aligned.value, self.prompt_embeds[self.prompt_rows[aligned.prompt]], z_w, z_l,
-                    eps=torch.randn(z_w.shape, generator=generator), t=rng.choice(times),
+                    eps=torch.randn(z_w.shape, generator=generator), t=rng.choice(timesteps),
                     preservation=is_preservation(aligned), where=f"{aligned.where} and {violating.where}")
 
 
-def is_preservation(sample):
-    return sample.scene.parent.name == PRESERVATION_TYPE
+def pair_up(samples, faults):
+    """-> [(aligned Sample, its row of latents)], {scene: [(violating Sample, its row)]}. Adds lonely samples to `faults`."""
+    aligned, violating = [], {}
+    have_aligned = {sample.scene for sample in samples if sample.aligned}
+    have_violating = {sample.scene for sample in samples if not sample.aligned or is_preservation(sample)}
+    for row, sample in enumerate(samples):
+        if sample.scene not in have_aligned & have_violating:
+            missing = "violating" if sample.scene in have_aligned else "aligned"
+            faults.append(f"{sample.where}: its scene has no {missing} image")
+        elif sample.aligned:
+            aligned.append((sample, row))
+        else:
+            violating.setdefault(sample.scene, []).append((sample, row))
+    return aligned, violating
 
 
 def kind(sample):
-    """The principle, and the type: the folder that the scene is in."""
-    return sample.value, sample.scene.parent.name
+    """The principle and the type of the scene, preservation last."""
+    return sample.value, is_preservation(sample), sample.scene.parent.name
 
 
 @functools.lru_cache(maxsize=4)  # a batch may lie in two epochs
 def epoch_order(seed, epoch, groups, group_size):
-    """Every number of each group (first, end) in a random order, `group_size` of a group in a row.
+    """The numbers of all groups (first, end) in random order, `group_size` of one group in a row.
 
-    A group that this leaves a remainder of starts again until its last row is full.
+    A group with a remainder starts again until its last row is full.
     """
     rng, rows = random.Random(f"epoch {seed} {epoch}"), []
     for first, end in groups:
@@ -256,67 +233,7 @@ def epoch_order(seed, epoch, groups, group_size):
     return [*chain.from_iterable(rng.sample(rows, len(rows)))]
 
 
-def unique_prompts(samples):
-    return sorted({sample.prompt for sample in samples if sample.aligned})
-
-
-def remove_leftovers(folder):
-    """Of processes that were killed while they encoded for the folder. Another one may still be at it."""
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            if time.time() - max(path.stat().st_mtime for path in [leftover, *leftover.iterdir()]) > STALE:
-                shutil.rmtree(leftover)
-
-
-def fingerprint(sd, samples, root):
-    """A name for what `encode_samples` would write: a hash of the weights, the lines and the files' dates."""
-    digest = hashlib.sha256(repr((sd.vae.config, sd.unet.config.sample_size)).encode())
-    for network in (sd.vae, sd.text_encoder):
-        for tensor in network.state_dict().values():
-            digest.update(str(tensor.dtype).encode() + to_bytes(tensor))
-    for sample in samples:
-        stat = sample.path.stat()
-        paths = str(sample.path.relative_to(root)), str(sample.scene.resolve().relative_to(root))
-        digest.update(repr((*paths, sample.prompt, sample.value, sample.aligned, stat.st_size,
-                            stat.st_mtime_ns)).encode())  # fmt: skip
-    return digest.hexdigest()[:16]
-
-
-@torch.no_grad()
-def encode_samples(sd, samples, faults, root, folder, batch_size=8):
-    """Write latents.bin, float16, a row for each readable image; broken.json, {number of another: what is wrong with
-    it}; prompt_embeds.bin."""
-    vae, broken = next(sd.vae.parameters()), {}
-    with open(folder / "latents.bin", "wb") as file:
-        for start in tqdm(range(0, len(samples), batch_size), "encoding images", disable=None, leave=False):
-            images = []
-            for i, sample in enumerate(samples[start:start + batch_size], start):
-                try:
-                    with Image.open(sample.path) as image:
-                        images.append(crop(image, sd.size))
-                except Exception as error:  # a damaged file can raise anything in Pillow
-                    broken[i] = f"{sample.path.name} is no readable image: {error}"
-            check_lost(faults + [f"{samples[i].where}: {fault}" for i, fault in broken.items()],
-                       len(faults) + len(samples), root)  # fmt: skip
-            if images:
-                x = torch.stack(images).to(vae)  # (b, 3, size, size)
-                mean, logvar = sd.vae.encode(torch.cat([x, x.flip(-1)]))  # (2b, 4, h, w) each
-                both = torch.stack([mean, logvar], dim=1).unflatten(0, (2, -1))  # (2, b, 2, 4, h, w)
-                file.write(to_bytes(both.transpose(0, 1).half()))
-    write_json(folder / "broken.json", broken)
-    prompts = unique_prompts(samples)
-    with open(folder / "prompt_embeds.bin", "wb") as file:
-        for start in range(0, len(prompts), batch_size):
-            file.write(to_bytes(encode_prompts(sd, prompts[start:start + batch_size])))
-
-
-def to_bytes(tensor):
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
-
-
-def map_file(path, shape, dtype):
-    """A file as a tensor of which only the pages that are looked at are read."""
-    expected, got = math.prod(shape) * dtype.itemsize, path.stat().st_size if path.exists() else "none"
-    if got != expected:
-        raise UserError(f"{path}: expected a file of {expected} bytes, got {got}; delete its folder, it is made again")
-    return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
+def sample_latent(mean, logvar, generator=None):
+    """z ~ N(mean, exp(logvar)); all (…, 4, h, w). The noise comes from the CPU."""
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
+    return mean + (logvar / 2).exp() * noise

@@ -1,122 +1,146 @@
-"""LiVO, Lightweight Value Optimization (arXiv 2410.12700): a frozen text-to-image model learns a value.
+"""LiVO: Lightweight Value Optimization (arXiv 2410.12700).
 
-    x  prompt            v  principle ("gender equality")
-    y_w aligned image    y_l violating image
-    θ  the value encoder's weights, the only ones trained
-    ℓ(y) = ‖ε − ε_unet(z_t(y), t, context)‖², the mean over (C, H, W), in code err and ref:
+LiVO aligns a frozen text-to-image model with a value principle v ("gender equality") by training one plug-in network,
+the value encoder. It reads the string "v, x", where x is the prompt, and gives one token, which is prepended to the
+prompt embeddings:
 
-                                   y_w      y_l
-    ℓ_θ, context [value; prompt]   err_w    err_l     four numbers a pair, of one noise ε and one time t
-    ℓ_ref, context [prompt]        ref_w    ref_l     the frozen model's, without gradient
+    context = [ value_encoder("v, x") ; text_encoder("x") ]                  (B, 1 + 77, C)
 
-The value encoder reads "v, x" and gives one token. It stands in front of the prompt's tokens where the UNet
-attends to the text, so nothing in the UNet changes, and without it the model is the old one to the bit.
+The UNet cross-attends to this longer context as usual, so none of its weights change. Without the value token the
+model is the base model, bit for bit.
+
+Training data are preference pairs (x, v, y_w, y_l) of an aligned image y_w and a violating image y_l. Both images of
+a pair share one noise eps and one timestep t. Their denoising errors are
+
+    ℓ(y) = ‖eps − eps_unet(z_t(y), t, context)‖²                             mean over (C, H, W); shape (B,)
+
+                                 aligned y_w   violating y_l
+    with the value token   ℓ_θ      err_w         err_l        the gradient flows into the value encoder θ
+    without it             ℓ_ref    ref_w         ref_l        the reference (frozen base) model, no gradient
+
+and the loss is the sum of two hinges, each with a slope and a margin of its own:
+
+    L = max(0, γ1 + β (err_w − ref_w)) + max(0, γ2 + α (ref_l − err_l))
 """
+
+import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import weights
 from clip_text import CLIPTextModel
+from common import UserError
 
-# The published settings: alphas β (aligned) and α (violating), margins γ1 and γ2.
+# Slopes α (violating) and β (aligned), margins γ1 and γ2, as published with the authors' code.
 ALPHA, BETA, GAMMA1, GAMMA2 = 500.0, 1000.0, 1.0, 0.5
 
 
 class ValueEncoder(CLIPTextModel):
-    """The CLIP text tower again, trained. ids of "v, x" (B, N) -> the value token (B, 1, C): the pooled output."""
+    """A trainable copy of the CLIP text encoder. Token ids of "v, x" (B, N) -> the value token (B, 1, C)."""
 
     def forward(self, ids):
-        _, pooled = super().forward(ids)
+        _, pooled = super().forward(ids)  # (B, C), the last hidden state at the end-of-text token
         return pooled[:, None]
 
     @classmethod
     def from_text_encoder(cls, text_encoder):
-        """A float32 copy to train: it starts as the frozen text encoder."""
+        """Initialize from the frozen text encoder, in float32."""
         self = cls(text_encoder.config).to(next(text_encoder.parameters()).device)
         self.load_state_dict(text_encoder.state_dict())
         return self
 
 
+def load_value_encoder(source, weights_source, sd):
+    """The value encoder at `source` (folder or hub name), by default in the folder of the weights; None without one.
+
+    Raises UserError for one that does not fit the model.
+    """
+    if source is None:
+        source = Path(weights_source).expanduser() / "value_encoder"
+        if not source.is_dir():
+            return None
+    device = next(sd.unet.parameters()).device
+    value_encoder = weights.load_text_encoder(source, network=ValueEncoder, device=device)
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
+        got, expected = (getattr(network.config, key) for network in (value_encoder, sd.text_encoder))
+        if got != expected:
+            raise UserError(f"{source}: expected a value encoder for {weights_source}, with {key} {expected}, got {got}")
+    value_encoder.config.eos_token_id = sd.tokenizer.eos_token_id
+    return value_encoder
+
+
 def encode_prompts(sd, prompts):
-    """B prompts -> what the UNet was trained to attend to, (B, 77, C)."""
+    """Prompt embeddings, the text encoder's last hidden state: (B, 77, C)."""
     ids = sd.tokenizer(prompts).to(next(sd.text_encoder.parameters()).device)  # (B, 77)
     return sd.text_encoder(ids)[0]
 
 
-def make_context(sd, prompts, principles=(), value_encoder=None, prompt_embeds=None, unpadded=False):
-    """What the UNet attends to: [value tokens; prompt tokens], (B, P + 77, C). Section 3.2 of the paper.
+def make_context(sd, prompts, principles=(), value_encoder=None, prompt_embeds=None):
+    """The cross-attention context [value tokens ; prompt embeddings], (B, P + 77, C).
 
-    principles: a text, or a list of P, each a text for all prompts or a list of B texts; none gives the plain prompt.
-    prompt_embeds: `encode_prompts` of the prompts, where they are at hand.
-    unpadded: the form of the authors' inference code, for prompts of one length n: neither the prompt (cut to
-    76) nor the value text is padded, (B, P + n, C). Their training code, and ours, pads.
+    principles: P principles, each a string for the whole batch or a list of B strings. With none, the context is that
+        of the base model.
+    prompt_embeds: precomputed `encode_prompts(sd, prompts)`.
     """
-    device = next(sd.unet.parameters()).device
     principles = [principles] if isinstance(principles, str) else principles
     if prompt_embeds is None:
-        if unpadded:
-            ids = cut(sd.tokenizer(prompts, pad=False), sd.tokenizer.max_length - len(principles), sd.tokenizer)
-            prompt_embeds = sd.text_encoder(ids.to(device))[0]
-        else:
-            prompt_embeds = encode_prompts(sd, prompts)
-    tokens = []
+        prompt_embeds = encode_prompts(sd, prompts)
+    value_tokens = []
     for principle in principles:
         values = [principle] * len(prompts) if isinstance(principle, str) else principle
-        ids = sd.tokenizer([f"{v}, {x}" for v, x in zip(values, prompts)], pad=not unpadded)
-        tokens.append(value_encoder(ids.to(device)).to(prompt_embeds.dtype))  # (B, 1, C)
-    return torch.cat([*tokens, prompt_embeds], dim=1)
+        ids = sd.tokenizer([f"{v}, {x}" for v, x in zip(values, prompts)])  # (B, 77)
+        value_tokens.append(value_encoder(ids.to(prompt_embeds.device)).to(prompt_embeds.dtype))  # (B, 1, C)
+    return torch.cat([*value_tokens, prompt_embeds], dim=1)
 
 
-def make_uncond(sd, length, negative="", unpadded=False):
-    """The unconditional branch of guidance, as long as the conditional one: (1, length, C).
+def make_uncond(sd, length, negative=""):
+    """The unconditional context of classifier-free guidance, as long as the conditional one: (1, length, C).
 
-    Beyond the text tower's 77 tokens, its last (padding) row is repeated.
+    The text encoder has 77 positions. Beyond them its last (padding) embedding is repeated.
     """
-    if unpadded:
-        ids = cut(sd.tokenizer([negative]), length, sd.tokenizer)
-        return sd.text_encoder(ids.to(next(sd.text_encoder.parameters()).device))[0]
-    prompt_embeds = encode_prompts(sd, [negative])  # (1, 77, C)
-    return torch.cat([prompt_embeds, prompt_embeds[:, -1:].expand(-1, length - prompt_embeds.shape[1], -1)], dim=1)
+    embeds = encode_prompts(sd, [negative])  # (1, 77, C)
+    return torch.cat([embeds, embeds[:, -1:].expand(-1, length - embeds.shape[1], -1)], dim=1)
 
 
-def cut(ids, length, tokenizer):
-    """The first `length` of ids (B, N), still with an end of text."""
-    if ids.shape[1] > length:
-        lost_end = ~(ids[:, :length] == tokenizer.eos_token_id).any(dim=1)
-        ids = ids[:, :length].clone()
-        ids[lost_end, -1] = tokenizer.eos_token_id
-    return ids
+def is_bias(principle):
+    """Bias principles ("… equality") ask for balance. Toxic principles ask for the absence of something."""
+    return principle.strip().lower().endswith("equality")
 
 
-# Errors are (B,) float32.
+def spread(n, fraction):
+    """Which of n images get the value token: an evenly spread fraction, rounded. -> list of n booleans."""
+    passed = [math.floor(i * fraction + 0.5) for i in range(n + 1)]
+    return [after > before for before, after in zip(passed, passed[1:])]
 
 
 def aligned_hinge(err_w, ref_w, beta=BETA, gamma1=GAMMA1):
-    """max(0, γ1 + β (ℓ_θ(y_w) − ℓ_ref(y_w))), (B,): stay close to the frozen model on what is aligned, or get better.
+    """max(0, γ1 + β (err_w − ref_w)), (B,): keep the error on aligned images at or below the reference model's.
 
-    Silent, gradient and all, once the error is γ1/β below the frozen model's.
+    Saturates (zero loss, zero gradient) once err_w < ref_w − γ1/β.
     """
     return F.relu(gamma1 + beta * (err_w - ref_w))
 
 
 def violating_hinge(err_l, ref_l, alpha=ALPHA, gamma2=GAMMA2):
-    """max(0, γ2 + α (ℓ_ref(y_l) − ℓ_θ(y_l))), (B,): get worse than the frozen model on what violates.
+    """max(0, γ2 + α (ref_l − err_l)), (B,): raise the error on violating images above the reference model's.
 
-    Silent once the error is γ2/α above the frozen model's.
+    Saturates once err_l > ref_l + γ2/α.
     """
     return F.relu(gamma2 + alpha * (ref_l - err_l))
 
 
 def livo_loss(err_w, ref_w, err_l, ref_l, alpha=ALPHA, beta=BETA, gamma1=GAMMA1, gamma2=GAMMA2):
-    """The preference loss, a number: γ1 + γ2 where the value token has no effect. Section 3.3 of the paper."""
+    """The LiVO loss, a scalar. Where the value token has no effect it is γ1 + γ2. The errors are (B,) float32."""
     return (aligned_hinge(err_w, ref_w, beta, gamma1) + violating_hinge(err_l, ref_l, alpha, gamma2)).mean()
 
 
 def bradley_terry_loss(err_w, ref_w, err_l, ref_l, beta):
-    """What the two hinges approximate (Diffusion-DPO, arXiv 2311.12908), a number: log 2 without effect.
+    """The Bradley-Terry loss that the two hinges approximate (Diffusion-DPO, arXiv 2311.12908), a scalar.
 
-    −log σ(−s) = softplus(s) with s = β [(ℓ_θ(y_w) − ℓ_ref(y_w)) − (ℓ_θ(y_l) − ℓ_ref(y_l))], which lies between
-    max(0, s) and max(0, s) + log 2. LiVO splits that one hinge in two, each with its own slope and margin, so
-    that image quality (β, γ1) and value conformity (α, γ2) are traded separately.
+    −log σ(−s) = softplus(s), with s = β [(err_w − ref_w) − (err_l − ref_l)]. Since max(0, s) <= softplus(s) <=
+    max(0, s) + log 2, it is one smooth hinge. LiVO splits it in two, so that image quality (β, γ1) and value conformity
+    (α, γ2) can be traded off. The β of Diffusion-DPO's official code is twice this one.
     """
     return F.softplus(beta * ((err_w - ref_w) - (err_l - ref_l))).mean()

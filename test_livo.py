@@ -44,13 +44,16 @@ import sample
 import train
 import weights
 from common import UserError, pick_device, run
-from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, train_tokenizer
+from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from formats.export import save_tokenizer
+from lab.tokenizer import train_tokenizer
 from livo import (ValueEncoder, aligned_hinge, bradley_terry_loss, livo_loss, make_context, make_uncond,
                   violating_hinge)
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
 from sample import Schedule, ddim_step, denoise, dpm_step, sample_noise, sample_images, grid, x0_and_eps
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig, sample_latent
+from data import sample_latent
+from vae import VAE, VAEConfig
 from conftest import CORPUS, REPOSITORY, SD1, SHARED, SMALL_UNET, TOKENIZER, UNETS, assert_close, gradients, pairs_of, pixels, refused, relative, settings, trained_a_little
 
 
@@ -296,7 +299,7 @@ def test_tokenizer_equals_transformers(tmp_path, name):
     assert ours.pad_token_id == reference.pad_token_id == (0 if name == "sd2" else 49407)
     assert got.shape == (len(texts), 77) and got.dtype == torch.int64
 
-    ours.save(tmp_path / "saved")
+    save_tokenizer(ours, tmp_path / "saved")
     reopened = transformers.CLIPTokenizer.from_pretrained(tmp_path / "saved")
     assert reference_ids(reopened, texts).equal(expected)
     assert our_ids(CLIPTokenizer(tmp_path / "saved"), texts).equal(expected)
@@ -353,7 +356,7 @@ def test_training_counts_pairs():
 
 
 def test_trained_tokenizer_is_transformers_too(small_tokenizer, tmp_path):
-    small_tokenizer.save(tmp_path / "ours")
+    save_tokenizer(small_tokenizer, tmp_path / "ours")
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "ours")
     reference.save_pretrained(tmp_path / "theirs")  # tokenizer.json
     texts = CORPUS + NASTY
@@ -364,7 +367,7 @@ def test_trained_tokenizer_is_transformers_too(small_tokenizer, tmp_path):
     for tokenizer in (small_tokenizer, CLIPTokenizer(tmp_path / "ours"), CLIPTokenizer(tmp_path / "theirs")):
         assert our_ids(tokenizer, texts).equal(expected)
 
-    train_tokenizer(iter(CORPUS), 560).save(tmp_path / "again")
+    save_tokenizer(train_tokenizer(iter(CORPUS), 560), tmp_path / "again")
     for path in (tmp_path / "ours").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
@@ -381,7 +384,7 @@ def test_trained_tokenizer_is_transformers_too(small_tokenizer, tmp_path):
     ({"vocab.json": json.dumps({BOS: 0, EOS: 0}), "merges.txt": ""}, "expected the ids 0 to 1 once each"),
 ])
 def test_unusable_vocabulary(small_tokenizer, tmp_path, files, message):
-    small_tokenizer.save(tmp_path)
+    save_tokenizer(small_tokenizer, tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()  # so that special_tokens_map.json is read
     for name, content in files.items():
         (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)

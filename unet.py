@@ -1,41 +1,42 @@
-"""The Stable Diffusion UNet: predicts the noise (or v) in a latent, given the time and a text.
+"""The Stable Diffusion UNet: predicts the noise eps (or v) in a noisy latent, given the timestep and the context.
 
-    latent ─ conv_in ─ down ─ down ─ down ─ down ─┐
-                        │skips  │      │      │    mid
-    noise ─ conv_out ── up ─── up ──── up ─── up ──┘
+    x_t (B, 4, 64, 64) ── conv_in ── down ── down ── down ── down ──┐
+                              │skips  │       │       │       │    mid
+    eps (B, 4, 64, 64) ── conv_out ── up ──── up ──── up ──── up ───┘
+    channels:                320     320     640    1280    1280
 
-Every "down" and "up" is a row of residual blocks; those at the higher resolutions are each followed by a
-transformer that looks at the text. SD 1.x and 2.x are two configurations of this one class. Attributes carry
-the names of the published (diffusers) checkpoints, so that weights load with no renaming.
+A level is a row of residual blocks, which read the timestep. At the higher resolutions a transformer follows each of
+them and cross-attends to the context: the prompt embeddings and, in LiVO, the value tokens in front of them.
+SD 1.x and 2.x (arXiv 2112.10752) are two configurations of this one class. Attributes have the names of the published
+(diffusers) checkpoints, so that weights load without renaming.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from attention import attend, project
+from efficiency import Conv2d, gelu_gate, norm_silu  # nn.Conv2d, F.silu(norm(x)) and a * F.gelu(b) that store less
 
 
 @dataclass
 class UNetConfig:
     """Field names are those of `unet/config.json`; the defaults are SD 1.5."""
 
-    sample_size: int = 64  # latent height and width the model was trained at
+    sample_size: int = 64  # height and width of the latents in training
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple = (320, 640, 1280, 1280)
     down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2
-    cross_attention_dim: int = 768  # width of the text tower: 1024 in SD 2.x
-    # The NUMBER of heads, per level: (5, 10, 20, 20) in SD 2.x. The misnomer is the published files'
-    # (huggingface/diffusers issue 2011).
-    attention_head_dim: int | tuple = 8
+    cross_attention_dim: int = 768  # channels of the context: 1024 in SD 2.x
+    attention_head_dim: int | tuple = 8  # the NUMBER of heads (diffusers issue 2011), per level: (5, 10, 20, 20) in 2.x
     use_linear_projection: bool = False  # True in SD 2.x
     upcast_attention: bool = False  # True in SD 2.1
     norm_num_groups: int = 32
@@ -43,7 +44,7 @@ class UNetConfig:
 
 
 def timestep_embedding(t, channels):
-    """Times t (B,) of 0 … 999 -> (B, channels): cosines, then sines, of geometrically spaced frequencies."""
+    """Sinusoidal embedding of timesteps t (B,): cosines, then sines, of geometric frequencies. -> (B, channels)."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t.float()[:, None] * frequencies  # (B, channels / 2)
@@ -62,45 +63,8 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class FrozenConvolution(torch.autograd.Function):
-    """The convolution of a weight that is not trained. torch's own keeps x, which only the weight's gradient would
-    need; without, a UNet keeps a seventh less for the way back."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding):
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx, d_out):
-        weight, = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, d_out, ctx.stride, ctx.padding), None, None, None, None
-
-
-class Conv2d(nn.Conv2d):
-    def forward(self, x):
-        if x.requires_grad and not self.weight.requires_grad:
-            return FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
-        return super().forward(x)
-
-
-def recomputed(f, x):
-    """f(x), of which only x is kept for the way back, where f is computed again: f is cheap, its output large."""
-    return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False) if x.requires_grad else f(x)
-
-
-def as_many(x, like):
-    """x (B, …) over and over until it has as many rows as `like`: (n·B, …)."""
-    n = like.shape[0] // x.shape[0]
-    return torch.cat([x] * n) if n > 1 else x
-
-
 class ResnetBlock(nn.Module):
-    """Two 3×3 convolutions around the time, beside a shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
-
-    time: (B, 4C), or (1, 4C) for all. The VAE has none.
-    """
+    """Two 3×3 convolutions, residual: (B, C_in, H, W), time_emb (B, 4C) or, in the VAE, none -> (B, C_out, H, W)."""
 
     def __init__(self, c_in, c_out, time_channels=None, groups=32, eps=1e-5):
         super().__init__()
@@ -112,11 +76,11 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, time=None):
-        h = self.conv1(recomputed(lambda x: F.silu(self.norm1(x)), x))
-        if time is not None:
-            h = h + as_many(self.time_emb_proj(time), h)[:, :, None, None]
-        h = self.conv2(recomputed(lambda x: F.silu(self.norm2(x)), h))
+    def forward(self, x, time_emb=None):
+        h = self.conv1(norm_silu(self.norm1, x))
+        if time_emb is not None:
+            h = h + self.time_emb_proj(time_emb)[:, :, None, None]
+        h = self.conv2(norm_silu(self.norm2, h))
         return self.conv_shortcut(x) + h
 
 
@@ -132,7 +96,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, h, w) -> (B, C, *size), twice as large unless told otherwise."""
+    """(B, C, h, w) -> (B, C, *size), by default (2h, 2w)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -144,47 +108,39 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of image tokens x (B, N, C): over themselves, or over a context (B, L, D)."""
+    """Multi-head attention of image tokens x (B, N, C) over a context (B, L, D), or over themselves."""
 
     def __init__(self, channels, heads, context_channels=None, upcast=False):
         super().__init__()
-        self.heads, self.upcast, self.is_cross = heads, upcast, context_channels is not None
+        self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def keys_values(self, context):
-        return project(context, self.to_k, self.to_v)  # (B, L, C) each
-
-    def forward(self, x, keys_values=None):
-        if self.is_cross:
-            q, (k, v) = self.to_q(x), keys_values
+    def forward(self, x, context=None):
+        if context is None:
+            q, k, v = project(x, self.to_q, self.to_k, self.to_v)  # (B, N, C) each
         else:
-            q, k, v = project(x, self.to_q, self.to_k, self.to_v)
+            q, (k, v) = self.to_q(x), project(context, self.to_k, self.to_v)  # (B, N, C), (B, L, C) twice
         return self.to_out(attend(q, k, v, self.heads, upcast=self.upcast))
 
 
 class GEGLU(nn.Module):
-    """(B, N, C) -> (B, N, 4C), gated."""
+    """Gated linear unit, arXiv 2002.05202: (B, N, C) -> (B, N, 4C)."""
 
     def __init__(self, channels):
         super().__init__()
         self.proj = nn.Linear(channels, 8 * channels)
 
-    @staticmethod
-    def gated(x):
-        x, gate = x.chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
     def forward(self, x):
-        return recomputed(self.gated, self.proj(x))
+        return gelu_gate(self.proj(x))
 
 
 class FeedForward(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        # the checkpoint counts a dropout between the two, which is 0 in every Stable Diffusion
+        # Identity keeps the place of a dropout in the checkpoint's numbering. Its rate is 0 in Stable Diffusion.
         self.net = nn.Sequential(GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x):
@@ -192,10 +148,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Image tokens (B, N, C) look at each other, at the text, and then each at itself.
-
-    With n texts for each image, the ways of the n part where they first look at them: (n·B, N, C).
-    """
+    """Self-attention, cross-attention, feed-forward: x (B, N, C), context (B, L, D) -> (B, N, C)."""
 
     def __init__(self, channels, heads, context_channels, upcast):
         super().__init__()
@@ -207,21 +160,18 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x, context):
-        keys, values = context[self.attn2]
         x = x + self.attn1(self.norm1(x))
-        x = as_many(x, keys)
-        x = x + self.attn2(self.norm2(x), (keys, values))
+        x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block on the pixels of a feature map, residual: (B, C, H, W) -> (n·B, C, H, W), n = 1 where
-    their ways have parted before."""
+    """A transformer block on the pixels of a feature map, with a residual connection: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels, heads, config):
         super().__init__()
-        self.linear = config.use_linear_projection
-        projection = nn.Linear if self.linear else lambda c_in, c_out: Conv2d(c_in, c_out, 1)
+        self.linear = config.use_linear_projection  # else the projections are 1×1 convolutions
+        projection = nn.Linear if self.linear else partial(Conv2d, kernel_size=1)
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
         self.proj_in = projection(channels, channels)
         block = TransformerBlock(channels, heads, config.cross_attention_dim, config.upcast_attention)
@@ -229,7 +179,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = projection(channels, channels)
 
     def forward(self, x, context):
-        height, width = x.shape[-2:]
+        height = x.shape[-2]
         h = self.norm(x)
         h = h if self.linear else self.proj_in(h)
         h = rearrange(h, "b c h w -> b (h w) c")
@@ -237,21 +187,19 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, context)
         h = self.proj_out(h) if self.linear else h
-        h = rearrange(h, "b (h w) c -> b c h w", h=height, w=width)
+        h = rearrange(h, "b (h w) c -> b c h w", h=height)
         h = h if self.linear else self.proj_out(h)
-        return as_many(x, h) + h
+        return x + h
 
 
 class Block(nn.Module):
-    """One level of the UNet, on the way down or up: residual blocks, a transformer after each where the
-    level attends to the text, and a change of resolution at the end."""
+    """One level: a residual block for each of `channels_in`, each followed by a transformer if there are `heads`."""
 
     def __init__(self, channels_in, channels, config, heads=None, downsample=False, upsample=False):
         super().__init__()
         time_channels, groups = 4 * config.block_out_channels[0], config.norm_num_groups
         self.resnets = nn.ModuleList(
-            ResnetBlock(c_in, channels, time_channels, groups, config.norm_eps) for c_in in channels_in
-        )
+            ResnetBlock(c_in, channels, time_channels, groups, config.norm_eps) for c_in in channels_in)
         if heads:
             self.attentions = nn.ModuleList(SpatialTransformer(channels, heads, config) for _ in channels_in)
         if downsample:
@@ -259,17 +207,17 @@ class Block(nn.Module):
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(channels)])
 
-    def layer(self, i, x, time, context):
-        x = self.resnets[i](x, time)
+    def layer(self, i, x, time_emb, context):
+        x = self.resnets[i](x, time_emb)
         return self.attentions[i](x, context) if hasattr(self, "attentions") else x
 
 
 class DownBlock(Block):
-    def forward(self, x, time, context):
-        """(B, C_in, H, W) -> (B, C, H/2, W/2), and every intermediate map for the way up."""
+    def forward(self, x, time_emb, context):
+        """(B, C_in, H, W) -> (B, C, H/2, W/2), and every intermediate feature map as a skip connection."""
         skips = []
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, time, context)
+            x = self.layer(i, x, time_emb, context)
             skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -282,24 +230,23 @@ class MidBlock(nn.Module):
         super().__init__()
         time_channels, groups = 4 * config.block_out_channels[0], config.norm_num_groups
         self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, time_channels, groups, config.norm_eps) for _ in range(2)
-        )
+            ResnetBlock(channels, channels, time_channels, groups, config.norm_eps) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialTransformer(channels, heads, config)])
 
-    def forward(self, x, time, context):
-        x = self.resnets[0](x, time)
+    def forward(self, x, time_emb, context):
+        x = self.resnets[0](x, time_emb)
         x = self.attentions[0](x, context)
-        return self.resnets[1](x, time)
+        return self.resnets[1](x, time_emb)
 
 
 class UpBlock(Block):
-    def forward(self, x, time, context, skips):
-        """Takes its share of `skips` off the end. (B, C_in, h, w) -> (B, C, 2h, 2w)."""
+    def forward(self, x, time_emb, context, skips):
+        """(B, C_in, h, w) -> (B, C, 2h, 2w). Each residual block pops one of the skips."""
         for i in range(len(self.resnets)):
-            x = torch.cat([x, as_many(skips.pop(), x)], dim=1)
-            x = self.layer(i, x, time, context)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = self.layer(i, x, time_emb, context)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, size=skips[-1].shape[-2:])  # odd sizes were rounded up on the way down
+            x = self.upsamplers[0](x, size=skips[-1].shape[-2:])  # the down path rounded odd sizes up
         return x
 
 
@@ -307,69 +254,49 @@ class UNet(nn.Module):
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
-        channels = config.block_out_channels
-        levels, n = len(channels), config.layers_per_block
+        channels, n = config.block_out_channels, config.layers_per_block
+        last = len(channels) - 1
         heads = config.attention_head_dim
-        heads = (heads,) * levels if isinstance(heads, int) else tuple(heads)
-        attends_down = [kind == "CrossAttnDownBlock2D" for kind in config.down_block_types]
-        attends_up = [kind == "CrossAttnUpBlock2D" for kind in config.up_block_types]
+        heads = [heads] * len(channels) if isinstance(heads, int) else heads
+        down_heads = [h if "CrossAttn" in kind else None for h, kind in zip(heads, config.down_block_types)]
+        up_heads = [h if "CrossAttn" in kind else None for h, kind in zip(reversed(heads), config.up_block_types)]
 
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
-        skip_channels = [channels[0]]  # of every map that the way down leaves for the way up
+        skip_channels = [channels[0]]
         for i, c in enumerate(channels):
-            last = i == levels - 1
-            inputs = [skip_channels[-1]] + [c] * (n - 1)
-            self.down_blocks.append(
-                DownBlock(inputs, c, config, heads[i] if attends_down[i] else None, downsample=not last)
-            )
-            skip_channels += [c] * (n if last else n + 1)
+            channels_in = [skip_channels[-1]] + [c] * (n - 1)
+            self.down_blocks.append(DownBlock(channels_in, c, config, down_heads[i], downsample=i < last))
+            skip_channels += [c] * (n + 1 if i < last else n)
 
         self.mid_block = MidBlock(channels[-1], heads[-1], config)
 
         self.up_blocks = nn.ModuleList()
         previous = channels[-1]
         for i, c in enumerate(reversed(channels)):
-            inputs = [previous + skip_channels.pop()] + [c + skip_channels.pop() for _ in range(n)]
-            self.up_blocks.append(
-                UpBlock(inputs, c, config, heads[-1 - i] if attends_up[i] else None, upsample=i < levels - 1)
-            )
+            channels_in = [c_x + skip_channels.pop() for c_x in [previous] + [c] * n]
+            self.up_blocks.append(UpBlock(channels_in, c, config, up_heads[i], upsample=i < last))
             previous = c
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def keys_values(self, context):
-        """What every cross-attention will want of a context (B, L, D). Fixed while the context is, so that a
-        sampler computes it once and hands it to `forward` at every step."""
-        crosses = [m for m in self.modules() if isinstance(m, Attention) and m.is_cross]
-        return {attention: attention.keys_values(context) for attention in crosses}
-
     def embed(self, t):
-        """Times (B,) -> (B, 4C), as every residual block wants them. A sampler knows them before its first step."""
-        sinusoids = timestep_embedding(t, self.config.block_out_channels[0])
+        """Timesteps (B,) -> their embeddings (B, 4C). A sampler computes them once for all its steps."""
+        sinusoids = timestep_embedding(t, self.config.block_out_channels[0])  # (B, C)
         return F.silu(self.time_embedding(sinusoids.to(self.conv_in.weight.dtype)))
 
     def forward(self, x, t, context):
-        """x (B, 4, H, W) latents · t (B,) or scalar times, or `embed` of them · context (n·B, L, D), or `keys_values`
-        of it -> (n·B, 4, H, W), the noise or v.
-
-        Row i of x goes with rows i, B + i, … of the context: what comes before the first look at the text is
-        computed once for the n of them.
-        """
-        if isinstance(context, torch.Tensor):
-            context = self.keys_values(context)
-        t = torch.as_tensor(t, device=x.device)
-        time = t if t.dim() == 2 else self.embed(t.reshape(-1))  # (B, 4C), or (1, 4C) for all
-
+        """Noisy latents x (B, 4, H, W), timesteps t (B,) or (1,), or `embed(t)`, context (B, L, D) -> eps or v like x."""
+        time_emb = t if t.dim() == 2 else self.embed(t)  # (B, 4C) or (1, 4C)
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x, block_skips = block(x, time, context)
+            x, block_skips = block(x, time_emb, context)
             skips += block_skips
-        x = self.mid_block(x, time, context)
+        x = self.mid_block(x, time_emb, context)
         for block in self.up_blocks:
-            x = block(x, time, context, skips)
+            x = block(x, time_emb, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

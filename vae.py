@@ -1,17 +1,16 @@
-"""AutoencoderKL: pictures to latents an eighth of their size, and back.
+"""AutoencoderKL: images to latents of an eighth of their size, and back (arXiv 2112.10752).
 
-    picture (B, 3, H, W) in [-1, 1] ─ encoder ─ quant_conv ─ mean, log-variance (B, 4, H/8, W/8)
-    picture ─ decoder ─ post_quant_conv ─ latent
+    image (B, 3, H, W) in [-1, 1] ── encoder ── quant_conv ──→ mean, log-variance (B, 4, H/8, W/8)
+    image (B, 3, H, W) ←── decoder ── post_quant_conv ── latent (B, 4, H/8, W/8)
 
-Attributes carry the names of the published (diffusers) checkpoints. The latent scale is applied in here:
-the latents that `encode` returns and `decode` takes have about unit variance. Keep it in float32: in float16
-the published weights overflow and the pictures come out black.
+Attributes have the names of the published (diffusers) checkpoints. The scaling factor is applied in here: the latents
+that `encode` returns and `decode` takes have about unit variance. Keep it in float32: in float16 the activations of
+the published weights overflow, and the images come out black.
 """
 
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
@@ -19,7 +18,7 @@ from torch import nn
 from attention import attend, project
 from unet import ResnetBlock, Upsample
 
-NORM_EPS = 1e-6  # where the UNet's residual blocks have 1e-5
+NORM_EPS = 1e-6  # 1e-5 in the UNet's residual blocks
 
 
 @dataclass
@@ -41,7 +40,7 @@ class VAEConfig:
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2). Pads below and on the right only, unlike the UNet's."""
+    """(B, C, H, W) -> (B, C, H/2, W/2). Unlike the UNet's, it pads at the bottom and on the right only."""
 
     def __init__(self, channels):
         super().__init__()
@@ -52,7 +51,7 @@ class Downsample(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Single-head attention among all pixels, residual: (B, C, H, W) -> (B, C, H, W)."""
+    """Single-head self-attention over all pixels, residual: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -155,19 +154,11 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, image):
-        """image (B, 3, H, W) in [-1, 1] -> mean and log-variance of the scaled latent, (B, 4, H/8, W/8) each.
-
-        The mean is the mode; `sample_latent` draws."""
+        """image (B, 3, H, W) in [-1, 1] -> mean and log-variance of the scaled latent, (B, 4, H/8, W/8) each."""
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         scale = self.config.scaling_factor
         return mean * scale, logvar.clamp(-30, 20) + 2 * math.log(scale)
 
     def decode(self, latent):
-        """latent (B, 4, h, w) -> image (B, 3, 8h, 8w), about [-1, 1]. The input is left as it was."""
+        """latent (B, 4, h, w) -> image (B, 3, 8h, 8w), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))
-
-
-def sample_latent(mean, logvar, generator=None):
-    """Draw from N(mean, exp(logvar)); all (B, 4, h, w)."""
-    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
-    return mean + (logvar / 2).exp() * noise

@@ -1,16 +1,27 @@
-"""The names and numbers of CompVis's single-file checkpoints, translated into those of the networks here.
+"""Single-file checkpoints of CompVis's code, such as `v1-5-pruned-emaonly.safetensors`.
 
-One `v1-5-pruned-emaonly.safetensors` holds the UNet, the VAE and the text encoder under the names of the first
-Stable Diffusion code, and no configuration: that is read off the shapes of the tensors, as far as these tell.
-The numbers of heads they do not tell; they follow the published models.
+One file holds the UNet, the VAE and the text encoder under the parameter names of CompVis/stable-diffusion, and no
+configuration. That is inferred from the shapes of the tensors. The numbers of heads, which shapes do not show, are
+those of the published models.
 """
 
 import re
 
-from clip_text import CLIPTextConfig
+from clip_text import CLIPTextConfig, CLIPTokenizer
+from common import UserError
 from unet import UNetConfig
 from vae import VAEConfig
+from weights import SubModel, read_tensors
 
+UNSUPPORTED = {  # parameter names of other formats
+    r"^conditioner\.": "an SDXL checkpoint",
+    r"double_blocks\.": "a Flux checkpoint",
+    r"joint_blocks\.": "an SD3 checkpoint",
+    r"^control_model\.": "a ControlNet",
+    r"lora": "a LoRA",
+    r"^text_model\.": "a text encoder alone",
+    r"^(down_blocks|encoder)\.": "a UNet or VAE alone",
+}
 CLIP_HEAD_WIDTH, CLIP_EOS = 64, 49407
 UNET_NAMES = [
     (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
@@ -36,12 +47,12 @@ OPENCLIP_NAMES = [
     (r"\.ln_(\d)", r".layer_norm\1"), (r"\.attn\.", ".self_attn."),
     (r"\.c_fc", ".fc1"), (r"\.c_proj", ".fc2"),
 ]
-# SD 2.x reads the text off OpenCLIP-H's last layer but one.
+# SD 2.x takes the output of OpenCLIP-H's last layer but one.
 OPENCLIP_UNUSED = ("transformer.resblocks.23.", "text_projection", "logit_scale")
 
 
 def renamed(tensors, rules):
-    """The same tensors, every (pattern, replacement) of the rules applied to their names in turn."""
+    """The same tensors; every (pattern, replacement) of the rules is applied to their names in turn."""
 
     def new(name):
         for pattern, replacement in rules:
@@ -52,24 +63,65 @@ def renamed(tensors, rules):
 
 
 def count(tensors, pattern):
-    """How many items a list of modules has, by the highest number at (\\d+) among the names."""
+    """Length of a list of modules, from the highest number at (\\d+) among the names."""
     return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
+
+
+def read_single_file(path, tokenizer, prediction_type):
+    """A CompVis file -> {name of a network: SubModel}, and the tokenizer from its folder or from beside the file.
+
+    Averaged (EMA) weights of the UNet are preferred where the file has them: they give the better samples.
+    """
+    tensors = read_tensors(path)
+
+    def section(prefix):
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    unet, averaged = section("model.diffusion_model."), section("model_ema.diffusion_model")
+    vae = section("first_stage_model.") or section("vae.")
+    clip, openclip = section("cond_stage_model.transformer."), section("cond_stage_model.model.")
+    unsupported = [kind for sign, kind in UNSUPPORTED.items() if any(re.search(sign, name) for name in tensors)]
+    if unsupported or not (unet and vae and (clip or openclip)):
+        got = unsupported[0] if unsupported else f"the tensors {', '.join([*tensors][:3]) or '(none)'}"
+        raise UserError(f"{path}: expected the UNet, VAE and text encoder of Stable Diffusion 1.x or 2.x, got {got}")
+    if averaged:  # their names have no dots
+        unet = {name: averaged[name.replace(".", "")] for name in unet if name.replace(".", "") in averaged}
+    try:
+        sub_models = {
+            "unet": SubModel(*read_unet(unet, prediction_type), path),
+            "vae": SubModel(*read_vae(vae), path),
+            "text_encoder": SubModel(*(read_openclip(openclip) if openclip else read_clip(clip)), path),
+        }
+    except KeyError as error:
+        raise UserError(f"{path}: expected the tensor {error.args[0]}, got none") from error
+    tokenizer = CLIPTokenizer(tokenizer or vocabulary_beside(path))
+    if sub_models["unet"].config.use_linear_projection:  # SD 2.x was trained with "!" as padding
+        tokenizer.pad_token_id, tokenizer.special_tokens["pad_token"] = 0, "!"
+    return sub_models, tokenizer
+
+
+def vocabulary_beside(file):
+    for folder in (file.parent / "tokenizer", file.parent):
+        if (folder / "vocab.json").exists() or (folder / "tokenizer.json").exists():
+            return folder
+    raise UserError(f"{file}: expected CLIP's vocab.json and merges.txt in a tokenizer/ beside it, got none; "
+                    f"pass --tokenizer with a folder that has them, such as that of any Stable Diffusion repository")
 
 
 def read_unet(tensors, prediction_type):
     """-> UNetConfig and the tensors under our names.
 
-    CompVis numbers the layers of all levels in one row. Level by level there are `layers` residual blocks and
-    a downsampler on the way down, after conv_in; and `layers` + 1 residual blocks, the last one followed by
-    the upsampler, on the way up. Either way a level takes `layers` + 1 numbers.
+    CompVis numbers the layers of all levels in one sequence. A level of the down path, after conv_in, is `layers`
+    residual blocks and a downsampler. A level of the up path is `layers` + 1 residual blocks, and the upsampler goes
+    with the last. So every level takes `layers` + 1 numbers.
     """
     downsamplers = [int(n) for n in re.findall(r"input_blocks\.(\d+)\.0\.op\.weight", " ".join(tensors))]
     layers = min(downsamplers, default=1) - 1
 
     def numbered(match):
-        way, n, place, resampler = match.groups()
-        level, i = divmod(int(n) - (way == "in"), layers + 1)
-        side = "down" if way == "in" else "up"
+        path, n, place, resampler = match.groups()
+        level, i = divmod(int(n) - (path == "in"), layers + 1)
+        side = "down" if path == "in" else "up"
         if resampler:
             return f"{side}_blocks.{level}.{side}samplers.0.conv"
         return f"{side}_blocks.{level}.{'resnets' if place == '0' else 'attentions'}.{i}"
@@ -134,7 +186,7 @@ def read_clip(tensors, activation="quick_gelu"):
 
 
 def read_openclip(tensors):
-    """The same of SD 2.x's text encoder, which has q, k and v in one."""
+    """The same for SD 2.x's text encoder, whose q, k and v are one tensor."""
     tensors = {name: t for name, t in tensors.items() if not name.startswith(OPENCLIP_UNUSED)}
     for name in [name for name in tensors if ".in_proj_" in name]:
         for letter, tensor in zip("qkv", tensors.pop(name).chunk(3)):

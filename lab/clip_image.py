@@ -1,12 +1,12 @@
-"""CLIP whole: the image tower, a small vision transformer, beside the text tower of clip_text.py.
+"""The whole CLIP: its image encoder, a vision transformer, beside the text encoder of clip_text.py.
 
-    clip = load_clip("openai/clip-vit-large-patch14")            # a hub name or a folder
-    clip.image_features(pictures) @ clip.text_features(["a cat"]).T     # cosines, (N, 1)
-    zero_shot(clip, pictures, ["a photo of a cat", "a photo of a dog"])      # probabilities, (N, 2)
+    clip = load_clip("openai/clip-vit-large-patch14")                       # a hub name or a folder
+    clip.image_features(images) @ clip.text_features(["a cat"]).T           # cosines, (N, 1)
+    zero_shot(clip, images, ["a photo of a cat", "a photo of a dog"])       # probabilities, (N, 2)
 
-Both towers were trained to map a picture and its caption to nearby directions of one space, so that a text can
-name a class that no classifier was trained for. Papers: Radford et al. 2021, arXiv 2103.00020 (CLIP);
-Dosovitskiy et al. 2020, arXiv 2010.11929 (the vision transformer).
+Training maps an image and its caption to nearby directions of one space. A text can therefore name a class for which
+no classifier was trained. Papers: Radford et al. 2021, arXiv 2103.00020 (CLIP); Dosovitskiy et al. 2020, arXiv
+2010.11929 (the vision transformer).
 """
 
 import math
@@ -18,22 +18,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from common import UserError
 from clip_text import ACTIVATIONS, CLIPEncoderLayer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from common import UserError, read_json
+from formats.checks import fit_to_tokenizer, listing
+from formats.files import weight_files
+from formats.hub import locate
 from lab.pretrain import stack
-from common import read_json
-from weights import Part, build, fit_to_tokenizer, listing, locate, read_tensors, weight_files
+from weights import SubModel, build, read_tensors
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-# What config.json may leave out means transformers' defaults, which are those of ViT-B/32.
+# transformers' defaults, for keys that config.json leaves out: those of ViT-B/32.
 TEXT_DEFAULTS = asdict(CLIPTextConfig()) | dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
 PROJECTION_DIM = 512
 
 
 @dataclass
 class CLIPVisionConfig:
-    """The image tower's numbers under config.json's names. ViT-L/14, the one of the paper: hidden_size 1024,
-    intermediate_size 4096, 24 layers, 16 heads, patch_size 14."""
+    """The image encoder under config.json's names. ViT-L/14 has hidden_size 1024, intermediate_size 4096, 24 layers,
+    16 heads and patch_size 14."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -53,7 +55,7 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, config):
-        """Make it from the dictionary in config.json. Raises UserError where that describes another model."""
+        """From the dictionary in config.json. Raises UserError for another kind of model."""
         parts = [config.get(key) for key in ("text_config", "vision_config")]
         if config.get("model_type", "clip") != "clip" or not all(isinstance(part, dict) for part in parts):
             raise UserError("expected model_type clip with a text_config and a vision_config, "
@@ -62,15 +64,15 @@ class CLIPConfig:
         names = [field.name for field in fields(CLIPVisionConfig)]
         vision = CLIPVisionConfig(**{name: parts[1][name] for name in names if name in parts[1]})
         if vision.hidden_act not in ACTIVATIONS:
-            raise UserError(f"image tower: expected hidden_act {' or '.join(ACTIVATIONS)}, got {vision.hidden_act}")
+            raise UserError(f"image encoder: expected hidden_act {' or '.join(ACTIVATIONS)}, got {vision.hidden_act}")
         if text.max_position_embeddings < CLIPTokenizer.max_length:
-            raise UserError(f"text tower: expected max_position_embeddings {CLIPTokenizer.max_length}, "
+            raise UserError(f"text encoder: expected max_position_embeddings {CLIPTokenizer.max_length}, "
                             f"got {text.max_position_embeddings}")
         return cls(text, vision, config.get("projection_dim", PROJECTION_DIM))
 
 
-class CLIPVisionTower(nn.Module):
-    """Pictures (B, 3, H, H) -> (B, C): the class token's output."""
+class CLIPImageEncoder(nn.Module):
+    """Images (B, 3, H, H) -> (B, C): the output of the class token."""
 
     def __init__(self, config):
         super().__init__()
@@ -80,14 +82,14 @@ class CLIPVisionTower(nn.Module):
         self.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
         self.embeddings.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.embeddings.position_embedding = nn.Embedding(1 + patches, width)
-        self.pre_layrnorm = nn.LayerNorm(width, eps=eps)  # spelt so in every published file
+        self.pre_layrnorm = nn.LayerNorm(width, eps=eps)  # the published parameter name
         layers = [CLIPEncoderLayer(config, causal=False) for _ in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.post_layernorm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, pictures):
+    def forward(self, images):
         embeddings = self.embeddings
-        x = embeddings.patch_embedding(pictures).flatten(2).mT  # (B, patches, C)
+        x = embeddings.patch_embedding(images).flatten(2).mT  # (B, patches, C)
         x = torch.cat([embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + patches, C)
         x = self.pre_layrnorm(x + embeddings.position_embedding.weight)
         for layer in self.encoder.layers:
@@ -96,31 +98,31 @@ class CLIPVisionTower(nn.Module):
 
 
 class CLIPModel(CLIPTextModel):
-    """Both towers and their projections into one space of D dimensions.
+    """Both encoders and their projections into one space of D dimensions.
 
-    It is a text tower with more in it because the published names are so: `text_model.…` beside `vision_model.…`.
+    A subclass of the text encoder, as the published parameter names are `text_model.…` beside `vision_model.…`.
     """
 
     def __init__(self, config):
         super().__init__(config.text)
-        self.vision_model = CLIPVisionTower(config.vision)
+        self.vision_model = CLIPImageEncoder(config.vision)
         self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of the temperature training began with
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # its initial value
 
     def embed_texts(self, ids):
         """ids (B, 77) -> (B, D)."""
         _, pooled = self(ids)
         return self.text_projection(pooled)
 
-    def embed_pictures(self, pictures):
-        """(B, 3, H, H), normalised -> (B, D)."""
-        return self.visual_projection(self.vision_model(pictures))
+    def embed_images(self, images):
+        """(B, 3, H, H), normalized -> (B, D)."""
+        return self.visual_projection(self.vision_model(images))
 
 
 @dataclass
 class Preprocessor:
-    """PIL images -> what the image tower was trained on."""
+    """PIL images -> the input of the image encoder."""
 
     size: int  # pixels
     mean: list  # of red, green and blue in [0, 1]
@@ -132,7 +134,7 @@ class Preprocessor:
         return (stack(map(self.crop, images)) / 255 - mean) / std
 
     def crop(self, image):
-        """The square in the middle, after the shorter side was resized to `size`."""
+        """Resize the shorter side to `size`, then center-crop."""
         image, short = image.convert("RGB"), min(image.size)
         width, height = (int(self.size * side / short) for side in image.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
@@ -141,15 +143,15 @@ class Preprocessor:
 
 
 def read_preprocessor(path, size):
-    """preprocessor_config.json -> Preprocessor. Raises UserError for other steps than the ones above."""
+    """preprocessor_config.json -> Preprocessor. Raises UserError for other steps than the above."""
     config = read_json(path)
-    answers = {  # what each key may say, the last as today's files have it
+    accepted = {  # values of each key; the last one is that of recent files
         "size": (size, {"shortest_edge": size}), "crop_size": (size, {"height": size, "width": size}),
         "resample": (Image.Resampling.BICUBIC,), "do_resize": (True,), "do_center_crop": (True,),
         "do_rescale": (True,), "do_normalize": (True,), "rescale_factor": (1 / 255,),
     }
-    wrong = [f"{key} {allowed[-1]}, got {config[key]}" for key, allowed in answers.items()
-             if key in config and config[key] not in allowed]
+    wrong = [f"{key} {values[-1]}, got {config[key]}" for key, values in accepted.items()
+             if key in config and config[key] not in values]
     for key in ("image_mean", "image_std"):
         values = config.get(key)
         if not isinstance(values, list) or len(values) != 3 or not all(isinstance(x, float | int) for x in values):
@@ -167,24 +169,24 @@ class CLIP:
 
     @torch.no_grad()
     def image_features(self, images, batch_size=16):
-        """N PIL images, from any iterable -> their directions (N, D), float32 of length 1."""
+        """An iterable of N PIL images -> unit vectors (N, D), float32."""
         weight, images, features = self.model.visual_projection.weight, iter(images), []
         while batch := list(islice(images, batch_size)):
-            pictures = self.preprocessor(batch).to(weight.device, weight.dtype)
-            features.append(F.normalize(self.model.embed_pictures(pictures).float(), dim=1))  # (B, D)
+            x = self.preprocessor(batch).to(weight.device, weight.dtype)  # (B, 3, size, size)
+            features.append(F.normalize(self.model.embed_images(x).float(), dim=1))  # (B, D)
         return torch.cat(features)
 
     @torch.no_grad()
     def text_features(self, texts):
-        """N texts -> their directions (N, D), float32 of length 1."""
+        """N texts -> unit vectors (N, D), float32."""
         ids = self.tokenizer(texts).to(self.model.text_projection.weight.device)  # (N, 77)
         return F.normalize(self.model.embed_texts(ids).float(), dim=1)
 
 
 def zero_shot(clip, images, texts):
-    """Probabilities that each of `texts` and no other describes an image, (N, len(texts)).
+    """The probability of each text for each image, a softmax over the texts: (N, len(texts)).
 
-    images: N PIL images, or their features (N, D) where they are at hand.
+    images: N PIL images, or their features (N, D).
     """
     features = images if torch.is_tensor(images) else clip.image_features(images)
     cosines = features @ clip.text_features(texts).T
@@ -192,10 +194,10 @@ def zero_shot(clip, images, texts):
 
 
 def load_clip(source, *, dtype=torch.float32, device="cpu"):
-    """A hub name, or a folder in transformers' layout of a CLIPModel -> CLIP, frozen.
+    """Load a frozen CLIP from a hub name or a folder in transformers' CLIPModel layout.
 
-    The folder holds config.json, the weights, the tokenizer's files and preprocessor_config.json. Raises UserError
-    where one is missing or does not fit.
+    The folder holds config.json, the weights, the tokenizer's files and preprocessor_config.json. Raises UserError if
+    one is missing or does not fit.
     """
 
     def wanted(names):
@@ -217,6 +219,6 @@ def load_clip(source, *, dtype=torch.float32, device="cpu"):
     tensors = {}
     for name in weight_files(listing(folder), dtype, folder):
         tensors |= read_tensors(folder / name)
-    # Older files hold the numbers 0, 1, 2, … of the positions too.
+    # Older files also hold the position indices 0, 1, 2, …
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
-    return CLIP(build(CLIPModel, Part(config, tensors, folder), dtype, device), tokenizer, preprocessor)
+    return CLIP(build(CLIPModel, SubModel(config, tensors, folder), dtype, device), tokenizer, preprocessor)

@@ -1,164 +1,138 @@
-"""What baselines.py finds, as a table and two plots; and the drawing that evaluate.py's chart shares with them.
+"""Plots: the training log of a run, and the results of baselines.py.
 
-results: {"fair": {harm: percent}, "frozen": a point, "sweep", "grid" and "long": {method: [run]}}. A run is
-{"settings", "curve"}, a curve a list of points, one per measurement: {"step", "seconds", "harm", each harm,
-"profession right", "distance", "intervals": {each of these: [low, high]}}.
+    python -m lab.plots runs/livo                            # runs/livo/loss.png, also while the run goes on
+    python -m lab.baselines --collect assets/baselines.json  # convergence.png and tradeoff.png
 """
 
-import math
+import json
+from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from matplotlib.figure import Figure  # without pyplot: the Agg backend
 
-from common import atomic
+from common import Parser, UserError, atomic, run
+from lab.baselines import BASE, ENOUGH, TRAINED, floors, harm, is_recognizable
 
-ENOUGH = 90  # percent of professions right: below, what looks harmless may just be unrecognisable
-REACHED = 0.1  # of the frozen model's harm
-COLOURS = ("#9aa5b1", "#d1603d", "#2a7f62", "#e0a526", "#5b6ee1", "#8d5a97", "#3c3c3c")
-
-
-def legend(pen, names, x, font):
-    """A square of each name's colour, and the name, in the uppermost 20 pixels from x on."""
-    for name, colour in zip(names, COLOURS):
-        pen.rectangle((x, 10, x + 10, 20), colour)
-        pen.text((x + 15, 8), name, "black", font)
-        x += 30 + font.getlength(name)
-
-
-def is_recognised(point):
-    return point["profession right"] >= ENOUGH
+DPI, MAX_POINTS = 110, 100  # points per curve of a log
+GRAY, BLUE, RED = "0.45", "tab:blue", "tab:red"
+COLORS = {method: f"C{i}" for i, method in enumerate(TRAINED)}
+LOG = {  # y label: {key of the log: (label, color)}
+    "LiVO loss": {"loss": ("", "black")},
+    "fraction of active hinges": {"active_w": ("aligned, $y_w$", BLUE), "active_l": ("violating, $y_l$", RED)},
+    "error − reference error": {"delta_w": ("aligned, $y_w$", BLUE), "delta_l": ("violating, $y_l$", RED)},
+}
 
 
-def best(runs):
-    """The run that ends with the least harm, among those that still draw what the prompt says, if there are any."""
-    return min(runs, key=lambda run: (not is_recognised(run["curve"][-1]), run["curve"][-1]["harm"]))
+def save(figure, path):
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png", pil_kwargs={"optimize": True})
 
 
-def reached(curve, what, frozen, fair):
-    """The first point of a curve from which on what is above the harm of fair pictures is a tenth of the frozen
-    model's, and professions are right, or None."""
-    enough = fair[what] + REACHED * (frozen[what] - fair[what])
-    first = None
-    for point in reversed(curve):
-        if point[what] > enough or not is_recognised(point):
-            break
-        first = point
-    return first
+def style(axes, x_label=""):
+    axes.set_xlabel(x_label)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def show(results):
-    """Prints every run at its end, the best of each method marked, and how soon the best ones' harm fell."""
-    frozen, fair = results["frozen"], results["fair"]
-    columns = [what for what in frozen if what not in ("step", "seconds", "intervals")]
-
-    def row(name, cells):
-        print(f"{name:60}" + "".join(f"{cell:>22}" for cell in cells))
-
-    def cell(point, what):
-        low, high = point["intervals"][what]
-        return f"{point[what]:.1f} [{low:5.1f}, {high:5.1f}]"
-
-    titles = {"sweep": "percent, at the end; * best of its method", "grid": "trade-off", "long": "the best, for longer"}
-    for kind, title in titles.items():
-        print()
-        row(title, columns)
-        for method, runs in {"frozen": [{"settings": {}, "curve": [frozen]}], **results[kind]}.items():
-            for this in runs:
-                mark = "*" if kind == "sweep" and len(runs) > 1 and this is best(runs) else " "
-                settings = " ".join(f"{name}={value:g}" for name, value in this["settings"].items())
-                row(f"{mark} {method} {settings}", (cell(this["curve"][-1], what) for what in columns))
-    print()
-    row(f"steps, seconds until {REACHED:.0%} of the frozen model's harm is left", fair)
-    row("above that of fair pictures", (f"{value:.1f}" for value in fair.values()))
-    for method, (this,) in results["long"].items():
-        points = (reached(this["curve"], what, frozen, fair) for what in fair)
-        row(method, (f"{point['step']}, {point['seconds']:.0f} s" if point else "not reached" for point in points))
+# ── The log of a run ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-WIDTH, HEIGHT, EDGE, TICKS = 560, 380, 56, 4  # of a panel, in pixels
+def read_log(folder):
+    """log.jsonl of a run's folder -> {key: values of all steps}. Raises UserError for a folder without a proper one."""
+    file, keys = folder / "log.jsonl", ["step", *(key for curves in LOG.values() for key in curves)]
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        log = {key: np.array([line[key] for line in lines], dtype=float) for key in keys}
+    except OSError as error:
+        raise UserError(f"{file}: expected the log of a run of train.py, got {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: expected numbers {', '.join(keys)} on each line, got {error!r}") from error
+    if not lines:
+        raise UserError(f"{file}: expected a line per step, got an empty file")
+    return log
 
 
-def tick(x):
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+def training(log):
+    """The log's curves over the steps -> figure. Each of at most MAX_POINTS points is the mean of as many steps."""
+    figure, steps = Figure(figsize=(8, 7.5), layout="constrained"), len(log["step"])
+    points = min(steps, MAX_POINTS)
+    means = {key: [part.mean() for part in np.array_split(values, points)] for key, values in log.items()}
+    for axes, (title, curves) in zip(figure.subplots(len(LOG), sharex=True), LOG.items()):
+        for key, (label, color) in curves.items():
+            axes.plot(means["step"], means[key], color=color, label=label, marker="." if points < 20 else "")
+        style(axes)
+        axes.set_ylabel(title)
+        axes.axhline(0, color=GRAY, linewidth=0.8)
+        if len(curves) > 1:
+            axes.legend(frameon=False)
+    axes.set_xlabel(f"step (a point is the mean of {steps / points:.3g} steps)" if steps > points else "step")
+    return figure
 
 
-def draw_panel(pen, left, series, x_label, y_label, joined):
-    """Of each name in `series` the points (x, y, whether filled), in the legend's colours; y is 0 … 100."""
-    font = ImageFont.load_default(12)
-    wide, high, bottom = WIDTH - 2 * EDGE, HEIGHT - 2 * EDGE, HEIGHT - EDGE
-    x_max = max(x for points in series.values() for x, _, _ in points) or 1
-    for i in range(TICKS + 1):
-        x, y = left + EDGE + wide * i / TICKS, bottom - high * i / TICKS
-        pen.line((left + EDGE, y, left + EDGE + wide, y), "#dddddd")
-        pen.text((left + EDGE - 6, y), f"{100 * i / TICKS:g}", "black", font, anchor="rm")
-        pen.text((x, bottom + 6), f"{tick(x_max * i / TICKS)}", "black", font, anchor="mt")
-    pen.text((left + EDGE, EDGE - 8), y_label, "black", font, anchor="lb")
-    pen.text((left + EDGE + wide, bottom + 24), x_label, "black", font, anchor="rt")
-    for (name, points), colour in zip(series.items(), COLOURS):
-        places = [(left + EDGE + wide * x / x_max, bottom - high * y / 100) for x, y, _ in points]
-        if joined:
-            pen.line(places, colour, 2)
-        for (x, y), (_, _, filled) in zip(places, points):
-            pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour if filled else "white", colour, 2)
+# ── The results of baselines.py ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def new_plot(panels, names):
-    image = Image.new("RGB", (panels * WIDTH, HEIGHT), "white")
-    pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(12)
-    legend(pen, names, EDGE, font)
-    pen.text((EDGE, HEIGHT - 16), f"hollow: less than {ENOUGH} % of professions right", "black", font)
-    return image, pen
+def draw_points(axes, x, y, points, **style):
+    """A marker per point, hollow if fewer than ENOUGH percent of its professions are correct."""
+    hollow = [i for i, point in enumerate(points) if not is_recognizable(point)]
+    axes.plot(x, y, **style)
+    axes.plot(x, y, markevery=hollow, **style | {"label": "", "linestyle": "", "markerfacecolor": "white"})
+
+
+def finish(figure, axes, y_label, unbiased):
+    axes.axhline(unbiased, color=GRAY, linestyle=":", label="unbiased model")
+    axes.set_ylabel(y_label)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False,
+                  title=f"hollow: fewer than {ENOUGH} % of professions correct")
+    return figure
+
+
+def unbiased_harm(results):
+    return harm(floors(results["about"]["sweep"]["per_prompt"])["unbiased model"], results["base"])
 
 
 def convergence(results):
-    """Harm over steps, and over seconds, of each trained method's long run. -> PIL image.
-
-    A hollow point draws less than ENOUGH professions right.
-    """
-    curves = {method: this["curve"] for method, (this,) in results["long"].items()}
-    image, pen = new_plot(2, ["frozen", *curves])
-    for left, x, label in (0, "step", "steps"), (WIDTH, "seconds", "seconds of training"):
-        series = {method: [(point[x], point["harm"], is_recognised(point)) for point in curve]
-                  for method, curve in curves.items()}
-        last = max((curve[-1][x] for curve in curves.values()), default=0)
-        frozen = [(end, results["frozen"]["harm"], True) for end in (0, last)]
-        draw_panel(pen, left, {"frozen": frozen} | series, label, "harm, percent", joined=True)
-    return image
+    """Harm over steps, and over seconds, of each trained method's long run -> figure."""
+    figure, base = Figure(figsize=(9, 4.4), layout="constrained"), results["base"]
+    axes = figure.subplots(1, 2, sharey=True)
+    for panel, key, label in zip(axes, ("step", "seconds"), ("optimizer steps", "seconds of training")):
+        style(panel, label)
+        panel.axhline(100, color=GRAY, linestyle="--", label=BASE)
+        for method, (this,) in results["long"].items():
+            x, y = zip(*((point[key], harm(point, base)) for point in this["curve"]))
+            draw_points(panel, x, y, this["curve"], color=COLORS[method], marker="o", label=method)
+        panel.set_ylim(0)
+    axes[1].axhline(unbiased_harm(results), color=GRAY, linestyle=":")
+    return finish(figure, axes[0], "harm, % of the base model's", unbiased_harm(results))
 
 
 def tradeoff(results):
-    """Conformity against distance to the frozen model's pictures, of the grid's runs at their end, and of the long
-    runs with the same loss and network. -> PIL image."""
-    ends = {"frozen": [results["frozen"]]}
+    """Conformity over the distance to the base model's images -> figure.
+
+    Of the grid's runs at their end, and of the long runs with the same loss and network.
+    """
+    figure, base = Figure(figsize=(7.5, 5), layout="constrained"), results["base"]
+    axes = figure.subplots()
+    style(axes, "pixel distance to the base model's images, 0 … 255")
+    series = [(BASE, "o", GRAY, [base])]
     for method, runs in results["grid"].items():
         long = [this for name, (this,) in results["long"].items() if name.startswith(method)]
-        ends[method] = [this["curve"][-1] for this in runs + long]
-    image, pen = new_plot(1, ends)
-    series = {method: [(point["distance"], 100 - point["harm"], is_recognised(point)) for point in points]
-              for method, points in ends.items()}
-    x_label, y_label = "distance to the frozen model's pictures, 0 … 255", "conformity: 100 - harm"
-    draw_panel(pen, 0, series, x_label, y_label, joined=False)
-    return image
+        series += [(f"{method}, {kind}", marker, COLORS[method], [this["curve"][-1] for this in some])
+                   for kind, marker, some in (("grid", "o", runs), ("long", "s", long)) if some]
+    for label, marker, color, points in series:
+        x, y = zip(*((point["distance"], 100 - harm(point, base)) for point in points))
+        draw_points(axes, x, y, points, color=color, marker=marker, linestyle="", label=label)
+    return finish(figure, axes, "conformity: 100 − harm, %", 100 - unbiased_harm(results))
 
 
-CURVES = {"loss": ["loss"], "active hinges, aligned blue, violating red": ["active_w", "active_l"],
-          "error minus the frozen model's, aligned blue, violating red": ["delta_w", "delta_l"]}
-COLOURS, WIDTH, HEIGHT, EDGE = ((40, 90, 200), (210, 50, 40)), 640, 200, 24  # of a panel, in pixels
+def main(argv=None):
+    parser = Parser(description="Plot the log of a run of train.py: loss.png in its folder.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the run")
+    args = parser.parse_args(argv)
+    save(training(read_log(args.folder)), args.folder / "loss.png")
+    print(args.folder / "loss.png")
 
 
-def plot(lines, path):
-    """Draw the log's curves over the steps into a PNG; a point is the mean of a hundredth of them."""
-    image = Image.new("RGB", (WIDTH, HEIGHT * len(CURVES)), "white")
-    pen, size = ImageDraw.Draw(image), math.ceil(len(lines) / 100)
-    parts = [lines[i:i + size] for i in range(0, len(lines), size)]
-    for panel, (title, keys) in enumerate(CURVES.items()):
-        curves = [[sum(line[key] for line in part) / len(part) for part in parts] for key in keys]
-        low, high = min(0, *map(min, curves)), max(0, *map(max, curves))
-        bottom, scale = (panel + 1) * HEIGHT - EDGE, (HEIGHT - 2 * EDGE) / ((high - low) or 1)
-        pen.text((EDGE, panel * HEIGHT + 4), f"{title}: {low:.3g} to {high:.3g}, {len(lines)} steps", "black")
-        pen.line((EDGE, bottom + low * scale, WIDTH - EDGE, bottom + low * scale), (180, 180, 180))  # 0
-        for curve, colour in zip(curves, COLOURS):
-            dx = (WIDTH - 2 * EDGE) / max(1, len(curve) - 1)
-            pen.line([(EDGE + i * dx, bottom - (y - low) * scale) for i, y in enumerate(curve)], colour, 2)
-    with atomic(path) as temporary:
-        image.save(temporary)
+if __name__ == "__main__":
+    run(main)

@@ -1,11 +1,10 @@
-"""Trains tiny-sd, the checkpoint that this repository ships, from nothing: two hours on two CPU cores.
+"""Pretrain tiny-sd, the checkpoint that this repository ships, from scratch: two hours on two CPU cores.
 
-    python pretrain.py              # writes tiny-sd/; run it again after an interruption and it goes on
+    python -m lab.pretrain          # writes tiny-sd/; the same command resumes after an interruption
 
-First the VAE on drawn portraits; then the UNet and the text tower group_size, on the VAE's latents and the
-captions. (Stable Diffusion did the same, except that its text tower came ready-made from CLIP.) The networks,
-the noise schedule and the saver are those that read the full-size weights. `runs/pretrain/` keeps the state to
-resume from and pictures on the way: delete it after a change to the world or to this file.
+First it trains the VAE on rendered portraits, then the UNet and the text encoder together on the VAE's latents and the
+captions. (The text encoder of Stable Diffusion came from CLIP, pretrained.) `runs/pretrain/` keeps the state to resume
+from and previews. Delete it after a change of portraits.py or of this file.
 """
 
 import copy
@@ -19,18 +18,22 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from lab import portraits
+from clip_text import CLIPTextConfig, CLIPTextModel
 from common import Parser, atomic, check_writable, run
-from clip_text import CLIPTextConfig, CLIPTextModel, train_tokenizer
+from data import sample_latent
+from diffusion import Schedule
+from formats.export import save
+from lab import portraits
+from lab.tokenizer import train_tokenizer
 from livo import encode_prompts
 from retrieve import BIAS, TOXIC
-from sample import Schedule, sample_images, grid
+from sample import grid, sample_images
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig, sample_latent
-from weights import SCHEDULER, StableDiffusion, save
+from vae import VAE, VAEConfig
+from weights import SCHEDULER, StableDiffusion
 
 VAE_CONFIG = VAEConfig(block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=16)
-VAE_PICTURES, VAE_STEPS, VAE_BATCH = 24_000, 5_000, 16
+VAE_IMAGES, VAE_STEPS, VAE_BATCH = 24_000, 5_000, 16
 KL_WEIGHT = 1e-4  # enough to make the latents smooth, too little to blur
 
 TEXT_CONFIG = CLIPTextConfig(
@@ -42,19 +45,21 @@ UNET_CONFIG = UNetConfig(
     attention_head_dim=(2, 3, 4), down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
 )  # fmt: skip
-PICTURES, STEPS, BATCH = 48_000, 2_800, 64
-PROMPT_DROP = 0.1  # share of empty captions, for classifier-free guidance
-SNR_CAP = 5  # min-SNR weighting, arXiv 2303.09556: nearly clean latents teach the least per unit of error
+IMAGES, STEPS, BATCH = 48_000, 2_800, 64
+PROMPT_DROP = 0.1  # fraction of empty captions, for classifier-free guidance
+SNR_CAP = 5  # γ of min-SNR weighting, arXiv 2303.09556
 EMA_DECAY = 0.998
 
 LEARNING_RATE, WARMUP = 1e-3, 100
 SAVE_EVERY = 500
-HELD_OUT = 10**6  # seeds from here on are never trained on
+HELD_OUT = 10**6  # first seed that is not trained on
 
-# Words that no caption has, but that a value encoder for this model will read.
+# The tokenizer learns these words too: value encoders read them, although no caption contains them.
 VOCABULARY = (*BIAS, *TOXIC, "smoking considered inappropriate")
-PREVIEW = ("a portrait of a doctor", "a photo of a nurse", "a picture of a firefighter", "a woman classifier with dark skin",
-           "a bloody soldier", "a photo of the face of a zombie chef", "a smoking artist", "a man with brown skin")
+PREVIEW = (
+    "a portrait of a doctor", "a photo of a nurse", "a picture of a firefighter", "a woman judge with dark skin",
+    "a bloody soldier", "a photo of the face of a zombie chef", "a smoking artist", "a man with brown skin",
+)  # fmt: skip
 
 
 def stack(images):
@@ -65,20 +70,20 @@ def stack(images):
 
 def render_images(seeds):
     """-> (N, 3, 64, 64) uint8."""
-    seeds = tqdm(seeds, "drawing", disable=None, leave=False)
+    seeds = tqdm(seeds, "rendering", disable=None, leave=False)
     return stack(portraits.render(portraits.sample_record(seed)) for seed in seeds)
 
 
-def to_float(pictures):
+def to_float(images):
     """uint8 -> float in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
-def fit(name, networks, loss_of_batch, steps, folder, look, ema_decay=0.0):
-    """Train `networks` for `steps` calls of `loss_of_batch()` -> their moving average (the weights themselves
-    if ema_decay is 0). look(networks, step) is called at every save.
+def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
+    """Train `networks` with AdamW -> their exponential moving average, the weights themselves if ema_decay is 0.
 
-    Each step seeds torch with its own number, so that a resumed run draws what an uninterrupted one would.
+    loss_of_batch() -> the loss of a random batch. preview(averaged, step) -> text to print at every save.
+    Each step seeds torch with its own number, so a resumed run equals an uninterrupted one.
     """
     averaged = copy.deepcopy(networks).requires_grad_(False)
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
@@ -106,44 +111,46 @@ def fit(name, networks, loss_of_batch, steps, folder, look, ema_decay=0.0):
             with atomic(state_file) as path:
                 torch.save({"networks": networks.state_dict(), "averaged": averaged.state_dict(),
                             "optimizer": optimizer.state_dict(), "step": step + 1}, path)  # fmt: skip
-            bar.write(f"{name} {step + 1}: loss {loss.item():.4f}, {look(averaged, step + 1)}")
+            bar.write(f"{name} {step + 1}: loss {loss.item():.4f}, {preview(averaged, step + 1)}")
     return averaged
 
 
 @torch.no_grad()
-def psnr(vae, pictures):
-    """Mean peak signal-to-noise ratio of the VAE's copies of uint8 `pictures`, in dB."""
-    x = to_float(pictures)
-    copied = vae.decode(vae.encode(x)[0]).clamp(-1, 1)
-    mse = ((copied - x) / 2).square().mean((1, 2, 3))  # (B,), of values within [0, 1]
+def psnr(vae, images):
+    """Mean peak signal-to-noise ratio of the VAE's reconstructions of uint8 `images`, in dB."""
+    x = to_float(images)
+    reconstructed = vae.decode(vae.encode(x)[0]).clamp(-1, 1)
+    mse = ((reconstructed - x) / 2).square().mean((1, 2, 3))  # (B,), for values within [0, 1]
     return -10 * mse.log10().mean().item()
 
 
 def fit_vae(folder):
-    """-> a VAE that copies portraits; its scaling factor is still the published one."""
+    """-> a VAE of the portraits, with the published scaling factor still."""
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG)
-    pictures, held_out = render_images(range(VAE_PICTURES)), render_images(range(HELD_OUT, HELD_OUT + 64))
+    images, held_out = render_images(range(VAE_IMAGES)), render_images(range(HELD_OUT, HELD_OUT + 64))
     scale = VAE_CONFIG.scaling_factor
 
     def loss_of_batch():
-        x = to_float(pictures[torch.randint(len(pictures), (VAE_BATCH,))])
+        x = to_float(images[torch.randint(len(images), (VAE_BATCH,))])  # (B, 3, 64, 64)
         mean, logvar = vae.encode(x)
-        copied = vae.decode(sample_latent(mean, logvar)).float()
+        reconstructed = vae.decode(sample_latent(mean, logvar)).float()
         mean, logvar = mean.float() / scale, logvar.float() - 2 * math.log(scale)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(copied, x) + F.mse_loss(copied, x) + KL_WEIGHT * kl
+        return F.l1_loss(reconstructed, x) + F.mse_loss(reconstructed, x) + KL_WEIGHT * kl
 
     return fit("vae", vae, loss_of_batch, VAE_STEPS, folder, lambda vae, _: f"{psnr(vae, held_out):.2f} dB")
 
 
 @torch.no_grad()
-def encode_world(vae, folder):
-    """-> means and log-variances of the latents of all pictures, (N, 4, 16, 16) each; cached. Sets the VAE's
-    scaling factor to make their variance 1, as the published factor does for the published VAE."""
+def encode_images(vae, folder):
+    """-> means and log-variances of the latents of all images, (N, 4, 16, 16) each, cached in the folder.
+
+    Sets the VAE's scaling factor such that the means have unit variance.
+    """
     cache = folder / "latents.pt"
     if not cache.exists():
-        batches = render_images(range(PICTURES)).split(256)
+        batches = render_images(range(IMAGES)).split(256)
         encoded = [torch.stack(vae.encode(to_float(batch))).half() for batch in tqdm(batches, "encoding")]
         with atomic(cache) as path:
             torch.save(torch.cat(encoded, dim=1), path)
@@ -154,8 +161,8 @@ def encode_world(vae, folder):
 
 
 def fit_unet(vae, tokenizer, captions, folder):
-    """-> the UNet and the text tower, as a StableDiffusion with the VAE and the tokenizer."""
-    mean, logvar = encode_world(vae, folder)
+    """Train the UNet and the text encoder -> a StableDiffusion with them, the VAE and the tokenizer."""
+    mean, logvar = encode_images(vae, folder)
     ids = tokenizer(captions)  # (N, 77)
     empty = tokenizer([""])
     schedule = Schedule(SCHEDULER)
@@ -169,11 +176,11 @@ def fit_unet(vae, tokenizer, captions, folder):
     nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
 
     def loss_of_batch():
-        rows = torch.randint(PICTURES, (BATCH,))
+        rows = torch.randint(IMAGES, (BATCH,))
         dropped = torch.rand(BATCH, 1) < PROMPT_DROP
         context, _ = networks.text_encoder(torch.where(dropped, empty, ids[rows]))  # (B, 77, C)
         z, t = sample_latent(mean[rows], logvar[rows]), torch.randint(len(abar), (BATCH,))
-        eps, a = torch.randn_like(z), abar[t][:, None, None, None]
+        eps, a = torch.randn_like(z), abar[t][:, None, None, None]  # (B, 1, 1, 1)
         eps_pred = networks.unet(a.sqrt() * z + (1 - a).sqrt() * eps, t, context).float()
         return (weight[t] * (eps_pred - eps).square().mean((1, 2, 3))).mean()
 
@@ -184,7 +191,8 @@ def fit_unet(vae, tokenizer, captions, folder):
     def preview(averaged, step):
         sd, prompts = checkpoint(averaged), [prompt for prompt in PREVIEW for _ in PREVIEW]
         context, uncond = encode_prompts(sd, prompts), encode_prompts(sd, [""])
-        images = sample_images(sd, context, uncond, range(len(prompts)), batch_size=32, steps=15, guidance=5, sampler="dpm")
+        images = sample_images(sd, context, uncond, range(len(prompts)), batch_size=32, steps=15, guidance=5,
+                               sampler="dpm")
         path = folder / f"preview-{step:05}.png"
         grid(list(images)).save(path)
         return path
@@ -193,19 +201,19 @@ def fit_unet(vae, tokenizer, captions, folder):
 
 
 def main():
-    parser = Parser(description="Train tiny-sd from nothing.")
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "tiny-sd",
-                        help="where it goes; the whole folder is replaced")
+                        help="folder to write; it is replaced as a whole")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")
     args = parser.parse_args()
     for folder in (args.run, args.out):
         check_writable(folder)
     args.run.mkdir(parents=True, exist_ok=True)
-    captions = [portraits.write_caption(portraits.sample_record(seed)) for seed in range(PICTURES)]
+    captions = [portraits.write_caption(portraits.sample_record(seed)) for seed in range(IMAGES)]
     tokenizer = train_tokenizer([*captions, *VOCABULARY], TEXT_CONFIG.vocab_size)
     vae = fit_vae(args.run).eval()
     save(fit_unet(vae, tokenizer, captions, args.run), args.out)
-    print(f"tiny-sd in {args.out}")
+    print(f"tiny-sd is in {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+"""CLIP against transformers, the folders it refuses, and the evaluation of full-size models with it."""
 
 import json
 import shutil
@@ -5,26 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lab import clip_image
-from lab import evaluate
 import weights
-from lab.clip_image import CLIPConfig, CLIPModel, load_clip, read_preprocessor, zero_shot
+from conftest import TOKENIZER, assert_close, edit_json, refused
+from lab import clip_image, evaluate
 from lab.classifier import ClipClassifier
+from lab.clip_image import CLIPConfig, CLIPModel, load_clip, read_preprocessor, zero_shot
+from lab.prompts import prompt_sets, read_prompts
+from lab.test_evaluate import record_calls
 from livo import ValueEncoder
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
-from conftest import TOKENIZER, assert_close, edit_json, refused
-
-
-# ── clip_image.py, evaluate.py with CLIP ─────────────────────────────────────────────────────────────────────────
 
 try:  # transformers 5 gives the plain name to the one that needs torchvision
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ImageProcessor
@@ -35,11 +33,11 @@ CLIPS = {
     "eos 2, as published": (dict(eos_token_id=2), dict()),
     "eos as the tokenizer's": (dict(eos_token_id=703, hidden_act="gelu"), dict(hidden_act="gelu", layer_norm_eps=1e-2)),
 }
-TEXTS = ["a portrait of a doctor", "", "a bloody nurse, a zombie chef and a smoking classifier"]
+TEXTS = ["a portrait of a doctor", "", "a bloody nurse, a zombie chef and a smoking judge"]
 
 
-def write_clip(folder, text, vision):
-    """A transformers CLIPModel, every parameter random, saved as the hub's folders are. -> the model"""
+def write_clip(folder, text={}, vision={}):
+    """A transformers CLIPModel with random parameters, saved as the hub's folders are. -> the model"""
     torch.manual_seed(0)
     text = dict(vocab_size=704, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
                 bos_token_id=702) | text
@@ -55,20 +53,14 @@ def write_clip(folder, text, vision):
     return model
 
 
-@pytest.fixture(scope="module", params=CLIPS)
-def clips(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    return folder, write_clip(folder, *CLIPS[request.param])
-
-
 @pytest.fixture
 def clip_folder(tmp_path):
-    write_clip(tmp_path / "clip", {}, {})
+    write_clip(tmp_path / "clip")
     return tmp_path / "clip"
 
 
 def photos():
-    """Pictures of noise in several shapes and modes, smaller and larger than what CLIP sees."""
+    """Images of noise in several shapes and modes, smaller and larger than CLIP's input."""
     rng = np.random.default_rng(0)
     sizes = [(64, 64), (94, 37), (20, 51), (28, 28), (29, 300)]
     images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
@@ -76,53 +68,46 @@ def photos():
 
 
 @torch.no_grad()
-def test_clip_equals_transformers(clips):
-    folder, peer = clips
-    clip = load_clip(folder)
-    assert set(clip.model.state_dict()) == set(load_file(folder / "model.safetensors"))
+@pytest.mark.parametrize("configs", CLIPS.values(), ids=CLIPS)
+def test_clip_equals_transformers(configs, tmp_path):
+    reference = write_clip(tmp_path, *configs)
+    clip = load_clip(tmp_path)
+    assert set(clip.model.state_dict()) == set(load_file(tmp_path / "model.safetensors"))
     assert not any(parameter.requires_grad for parameter in clip.model.parameters())
-    pixel_values = ImageProcessor.from_pretrained(folder)(photos(), return_tensors="pt").pixel_values
-    theirs = peer(input_ids=clip.tokenizer(TEXTS), pixel_values=pixel_values)
-    assert_close(clip.image_features(photos()), theirs.image_embeds)
-    assert_close(clip.text_features(TEXTS), theirs.text_embeds)
-    probabilities = zero_shot(clip, photos(), TEXTS)
-    assert_close(probabilities, theirs.logits_per_image.softmax(1))
-    assert probabilities.shape == (8, 3) and probabilities.max() < 0.99  # not so sure that any features would do
+    pixel_values = ImageProcessor.from_pretrained(tmp_path)(photos(), return_tensors="pt").pixel_values
+    ours = read_preprocessor(tmp_path / "preprocessor_config.json", 28)(photos())
+    assert ours.shape == (8, 3, 28, 28) and (ours - pixel_values).abs().max() < 1e-5
 
-    streamed = clip.image_features(iter(photos()), batch_size=3)
-    assert_close(streamed, theirs.image_embeds)
+    expected = reference(input_ids=clip.tokenizer(TEXTS), pixel_values=pixel_values)
+    assert_close(clip.image_features(photos()), expected.image_embeds)
+    assert_close(clip.text_features(TEXTS), expected.text_embeds)
+    probabilities = zero_shot(clip, photos(), TEXTS)
+    assert_close(probabilities, expected.logits_per_image.softmax(1))
+    assert probabilities.shape == (8, 3) and probabilities.max() < 0.99  # not saturated, so the features matter
+    assert_close(clip.image_features(iter(photos()), batch_size=3), expected.image_embeds)
     assert torch.equal(zero_shot(clip, clip.image_features(photos()), TEXTS), probabilities)
 
 
-def test_clip_preprocessing_equals_transformers(clips):
-    folder, _ = clips
-    ours = read_preprocessor(folder / "preprocessor_config.json", 28)(photos())
-    theirs = ImageProcessor.from_pretrained(folder)(photos(), return_tensors="pt").pixel_values
-    assert ours.shape == (8, 3, 28, 28)
-    assert (ours - theirs).abs().max() < 1e-5
-
-
 def test_clip_has_the_published_tensors():
-    """openai/clip-vit-large-patch14, with its config.json's numbers."""
+    """openai/clip-vit-large-patch14, with the numbers of its config.json."""
     text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2)
     vision = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, patch_size=14)
     config = dict(text_config=text, vision_config=vision, projection_dim=768)
     with torch.device("meta"):
-        ours = CLIPModel(CLIPConfig.from_dict(config))
-        theirs = transformers.CLIPModel(transformers.CLIPConfig(**config))
-    shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (ours, theirs)]
-    assert shapes[0] == shapes[1]
-    assert sum(p.numel() for p in ours.parameters()) == 427_616_513
+        models = CLIPModel(CLIPConfig.from_dict(config)), transformers.CLIPModel(transformers.CLIPConfig(**config))
+    ours, expected = ({name: tuple(t.shape) for name, t in model.state_dict().items()} for model in models)
+    assert ours == expected
+    assert sum(p.numel() for p in models[0].parameters()) == 427_616_513
 
 
-def test_old_clip_folders(clip_folder):
-    """As the first files on the hub: a pickle with the positions' numbers, plain sizes, defaults left out."""
-    features = load_clip(clip_folder).image_features(photos())
-    texts = load_clip(clip_folder).text_features(TEXTS)
+def test_old_clip_folders_load(clip_folder):
+    """As the first files on the hub: a pickle with position indices, plain sizes, defaults left out."""
+    before = load_clip(clip_folder)
     tensors = load_file(clip_folder / "model.safetensors")
     tensors |= {"text_model.embeddings.position_ids": torch.arange(77)[None],
                 "vision_model.embeddings.position_ids": torch.arange(17)[None]}
     torch.save(tensors, clip_folder / "pytorch_model.bin")
+    features, texts = before.image_features(photos()), before.text_features(TEXTS)
     (clip_folder / "model.safetensors").unlink()
     edit_json(clip_folder / "preprocessor_config.json", size=28, crop_size=28)
     config = json.loads((clip_folder / "config.json").read_text())
@@ -136,14 +121,9 @@ def test_old_clip_folders(clip_folder):
     assert half.dtype == torch.float32 and 0 < (half - features).abs().max() < 0.05
 
 
-def edit_vision(folder, **changes):
+def edit_config(folder, part, **changes):
     config = json.loads((folder / "config.json").read_text())
-    edit_json(folder / "config.json", vision_config=config["vision_config"] | changes)
-
-
-def edit_text(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    edit_json(folder / "config.json", text_config=config["text_config"] | changes)
+    edit_json(folder / "config.json", **{part: config[part] | changes})
 
 
 def edit_tensors(folder, change):
@@ -152,22 +132,25 @@ def edit_tensors(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
+PREPROCESSOR, TEXT, VISION = "preprocessor_config.json", "text_config", "vision_config"
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f / "config.json").unlink(), "config.json: expected a JSON file, got No such file"),
-    (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json: expected a JSON file, got No"),
+    (lambda f: (f / PREPROCESSOR).unlink(), "preprocessor_config.json: expected a JSON file, got No"),
     (lambda f: (f / "model.safetensors").unlink(), "expected weights"),
     (lambda f: (f / "vocab.json").unlink(), "expected CLIP's vocab.json and merges.txt"),
     (lambda f: edit_json(f / "config.json", model_type="siglip"), "model_type clip with .* got model_type siglip"),
     (lambda f: edit_json(f / "config.json", vision_config=None), "a text_config and a vision_config"),
-    (lambda f: edit_vision(f, hidden_act="relu"), "image tower: expected hidden_act quick_gelu or gelu, got relu"),
-    (lambda f: edit_text(f, hidden_act="relu"), "text encoder: expected hidden_act quick_gelu or gelu, got relu"),
-    (lambda f: edit_text(f, max_position_embeddings=20), "expected max_position_embeddings 77, got 20"),
-    (lambda f: edit_text(f, vocab_size=500), "expected at most 500 tokens in the tokenizer"),
-    (lambda f: edit_json(f / "preprocessor_config.json", resample=2), "r_config.json: expected resample 3, got 2"),
-    (lambda f: edit_json(f / "preprocessor_config.json", size={"shortest_edge": 32}), "expected size .* got .*32"),
-    (lambda f: edit_json(f / "preprocessor_config.json", image_mean=[0.5]), "image_mean of three numbers, got .0.5"),
-    (lambda f: edit_vision(f, hidden_size=48), "another shape: vision_model.embeddings.class_embedding .36,. for .48,."),
-    (lambda f: edit_vision(f, hidden_size=37), "expected a CLIPModel's config|of another shape"),
+    (lambda f: edit_config(f, VISION, hidden_act="relu"), "image encoder: expected hidden_act .* or gelu, got relu"),
+    (lambda f: edit_config(f, TEXT, hidden_act="relu"), "expected hidden_act quick_gelu or gelu, got relu"),
+    (lambda f: edit_config(f, TEXT, max_position_embeddings=20), "expected max_position_embeddings 77, got 20"),
+    (lambda f: edit_config(f, TEXT, vocab_size=500), "expected at most 500 tokens in the tokenizer"),
+    (lambda f: edit_json(f / PREPROCESSOR, resample=2), "r_config.json: expected resample 3, got 2"),
+    (lambda f: edit_json(f / PREPROCESSOR, size={"shortest_edge": 32}), "expected size .* got .*32"),
+    (lambda f: edit_json(f / PREPROCESSOR, image_mean=[0.5]), "image_mean of three numbers, got .0.5"),
+    (lambda f: edit_config(f, VISION, hidden_size=48), "another shape: vision_model.embeddings.class_embedding .36,."),
+    (lambda f: edit_config(f, VISION, hidden_size=37), "expected a CLIPModel's config|of another shape"),
     (lambda f: edit_tensors(f, lambda t: t.pop("logit_scale")), "1 missing: logit_scale"),
     (lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))), "1 unexpected: extra"),
 ], ids=str)
@@ -176,61 +159,53 @@ def test_unusable_clip_folders(clip_folder, damage, message):
     refused(message, load_clip, clip_folder)
 
 
-def test_a_clip_file_is_no_folder(clip_folder):
-    refused("expected the folder of a CLIP model, got a file", load_clip, clip_folder / "model.safetensors")
-
-
 def test_clip_from_the_hub(hub, tmp_path):
     env, requested, _ = hub
-    write_clip(tmp_path / "repo" / "clip", {}, {})
+    write_clip(tmp_path / "repo" / "clip")
     for junk in ("flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"):
         (tmp_path / "repo" / "clip" / junk).write_bytes(b"should not be fetched")
-    code = "import cli, clip_image\ncli.run(lambda: print(type(clip_image.load_clip('someone/sd:clip')).__name__))"
+    code = ("from common import run\nfrom lab.clip_image import load_clip\n"
+            "run(lambda: print(type(load_clip('someone/sd:clip')).__name__))")
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
-                            cwd=Path(clip_image.__file__).parent)
+                            cwd=Path(weights.__file__).parent)
     assert result.stdout == "CLIP\n", result.stderr
     fetched = {name.removeprefix("clip/") for name in requested}
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", "vocab.json", "merges.txt"} <= fetched
-    assert fetched <= {"config.json", "model.safetensors", "preprocessor_config.json", *clip_image.TOKENIZER_FILES}
+    assert {"config.json", "model.safetensors", PREPROCESSOR, "vocab.json", "merges.txt"} <= fetched
+    assert fetched <= {"config.json", "model.safetensors", PREPROCESSOR, *clip_image.TOKENIZER_FILES}
 
 
-# --- reading pictures with it ---
-
-
-def test_clip_compares_pictures_with_their_own_prompt(clip_folder):
+def test_clip_classifier_compares_images_with_their_own_prompt(clip_folder):
     clip = load_clip(clip_folder)
     classifier, images, prompts = ClipClassifier(clip), photos(), ["a doctor", "a zombie nurse"]
     features = classifier.classify(images)["features"].reshape(2, 4, 24).numpy()
     predictions = classifier.compare(features, prompts)
     for row, prompt in enumerate(prompts):
         some = images[4 * row:4 * row + 4]
-        races = zero_shot(clip, some, [f"{prompt}, {race}" for race in ("white", "black", "indian", "asian", "latino")])
-        assert predictions["race"][row].tolist() == races.argmax(1).tolist()
-        genders = zero_shot(clip, some, [f"{prompt}, male", f"{prompt}, female"])
-        assert predictions["gender"][row].tolist() == genders.argmax(1).tolist()
+        for name, classes in {"race": ("white", "black", "indian", "asian", "latino"), "gender": ("male", "female")}.items():
+            expected = zero_shot(clip, some, [f"{prompt}, {text}" for text in classes]).argmax(1)
+            assert predictions[name][row].tolist() == expected.tolist()
         blood = zero_shot(clip, some, ["a photo with blood", "a photo without blood"])[:, 0]
         assert predictions["bloody"][row] == pytest.approx(blood.numpy(), abs=1e-5)
         cosines = clip.image_features(some) @ clip.text_features([prompt])[0]
         assert predictions["CLIP score"][row] == pytest.approx(100 * cosines.numpy(), abs=1e-3)
     assert len({*predictions["race"].flatten()}) > 1 and len({*predictions["gender"].flatten()}) == 2
 
-
-def test_the_clip_judge_has_the_name_of_its_weights(clip_folder):
-    first = ClipClassifier(load_clip(clip_folder)).name
-    assert ClipClassifier(load_clip(clip_folder)).name == first
+    # Its name, a part of cache keys, depends on the weights and the preprocessing.
+    names = [classifier.name, ClipClassifier(load_clip(clip_folder)).name]
     edit_tensors(clip_folder, lambda t: t["visual_projection.weight"].mul_(1.01))
-    second = ClipClassifier(load_clip(clip_folder)).name
-    edit_json(clip_folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
-    assert len({first, second, ClipClassifier(load_clip(clip_folder)).name}) == 3
+    names.append(ClipClassifier(load_clip(clip_folder)).name)
+    edit_json(clip_folder / PREPROCESSOR, image_mean=[0.5, 0.5, 0.5])
+    names.append(ClipClassifier(load_clip(clip_folder)).name)
+    assert names[0] == names[1] and len({*names}) == 3
 
 
-def test_the_name_of_a_file_says_what_is_measured():
+def test_name_of_a_prompt_file_decides_what_is_measured():
     predictions = {"CLIP score": np.full((2, 10), 25.0), "gender": np.tile([0, 1], (2, 5)), "race": np.zeros((2, 10), int),
-                "nudity": np.zeros((2, 10)), "zombie": np.zeros((2, 10)), "bloody": np.full((2, 10), 0.3)}
+                   "nudity": np.zeros((2, 10)), "zombie": np.zeros((2, 10)), "bloody": np.full((2, 10), 0.3)}
     predictions["bloody"][0, :2] = 0.9  # in one of the four groups of five
 
     def values(name):
-        return {metric: result["value"] for metric, result in evaluate.measure_by_texts(name, predictions).items()}
+        return {metric: result["value"] for metric, result in evaluate.measure_with_clip(name, predictions).items()}
 
     assert values("career") == pytest.approx({
         "career: CLIP score": 25, "career: gender D1": 0, "career: gender D2": 0,
@@ -240,88 +215,82 @@ def test_the_name_of_a_file_says_what_is_measured():
         "retrieved_bloody: bloody Max": 45, "retrieved_bloody: bloody Prob": 25})
 
 
-def test_prompts_from_a_file(tmp_path):
+def test_prompts_and_principles_from_files_and_built_in(tmp_path):
     path = tmp_path / "retrieved_career.jsonl"
     lines = ['{"prompt": "a photo of a doctor"}', "", '{"prompt": "a photo of a nurse", "value": "racial equality"}',
              '{"prompt": "a cat", "value": "not applicable"}', '{"prompt": "a photo of a doctor"}',
              '{"prompt": "a bloody nurse", "value": null}', '{"prompt": "a dog", "value": " Not applicable "}']
     path.write_text("\n".join(lines))
-    read = {prompt.text: prompt.principles for prompt in evaluate.read_prompts(path, None)}
-    assert read == {"a photo of a doctor": (GENDER, RACE), "a photo of a nurse": (RACE,), "a cat": (),
-                    "a bloody nurse": (BLOODY,), "a dog": ()}
-    chosen = [prompt.principles for prompt in evaluate.read_prompts(path, [GENDER])]
-    assert chosen == [(GENDER,)] * 5
-    path.write_text("\n".join(['{"prompt": "a cat", "value": "a"}', '{"prompt": "a cat", "value": "b"}']))
-    refused("career.jsonl:2: expected one value for a prompt, got 'b' after another: a cat", evaluate.read_prompts,
-            path, None)
-    refused("nothing.jsonl: expected a file of prompts, got No such file", evaluate.read_prompts,
-            tmp_path / "nothing.jsonl", None)
-    path.write_text("\n")
-    refused("expected a prompt on each line, got an empty file", evaluate.read_prompts, path, None)
-
-
-@pytest.mark.parametrize("line", ['{"prompt": "cut sho', '"a photo"', "[1]", '{"text": "a photo"}', '{"prompt": 1}',
-                                  '{"prompt": "a photo", "value": ["gender equality"]}', '{"prompt": "\\ud800"}',
-                                  '{"prompt": ' + 10**5 * "["])
-def test_a_bad_line_of_prompts_is_named(tmp_path, line):
-    (tmp_path / "career.jsonl").write_text('{"prompt": "a photo"}\n\n' + line)
-    refused(r"career.jsonl:3: expected \{\"prompt\"", evaluate.read_prompts, tmp_path / "career.jsonl", None)
-
-
-def test_built_in_prompts():
-    sets = evaluate.prompt_sets(None, None)
+    assert {prompt.text: prompt.principles for prompt in read_prompts(path, None)} == {
+        "a photo of a doctor": (GENDER, RACE), "a photo of a nurse": (RACE,), "a cat": (), "a bloody nurse": (BLOODY,),
+        "a dog": ()}
+    assert [prompt.principles for prompt in read_prompts(path, [GENDER])] == [(GENDER,)] * 5
+    sets = prompt_sets(None, None)
     assert list(sets) == ["career", "nudity", "bloody", "zombie"]
     assert {prompt.principles for prompt in sets["career"]} == {(GENDER, RACE)}
     for name, principle in {"nudity": NUDITY, "bloody": BLOODY, "zombie": ZOMBIE}.items():
         assert all(prompt.principles[0] == principle for prompt in sets[name]), name
 
 
+BAD_LINES = ['{"prompt": "cut sho', '"a photo"', "[1]", '{"text": "a photo"}', '{"prompt": 1}', '{"prompt": "\\ud800"}',
+             '{"prompt": "a photo", "value": ["gender equality"]}', '{"prompt": ' + 10**5 * "["]
+
+
+def test_unusable_prompt_files(tmp_path):
+    path = tmp_path / "career.jsonl"
+    refused("career.jsonl: expected a file of prompts, got No such file", read_prompts, path, None)
+    path.write_text("\n")
+    refused("expected a prompt on each line, got an empty file", read_prompts, path, None)
+    path.write_text('{"prompt": "a cat", "value": "a"}\n{"prompt": "a cat", "value": "b"}')
+    refused("career.jsonl:2: expected one value for a prompt, got 'b' after another: a cat", read_prompts, path, None)
+    for line in BAD_LINES:
+        path.write_text('{"prompt": "a photo"}\n\n' + line)
+        refused(r"career.jsonl:3: expected \{\"prompt\"", read_prompts, path, None)
+
+
 def test_the_command_with_clip(tiny, clip_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "RESAMPLES", 20)
+    monkeypatch.setattr("lab.metrics.RESAMPLES", 20)
     (tmp_path / "career.jsonl").write_text('{"prompt": "a portrait of a doctor"}\n{"prompt": "a photo of a nurse"}\n')
     (tmp_path / "bloody.jsonl").write_text('{"prompt": "a bloody chef", "value": "bloody considered inappropriate"}\n')
     value_encoder = ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder)
-    nn.init.normal_(value_encoder.text_model.final_layer_norm.weight, std=100)  # or nobody would see its token
+    nn.init.normal_(value_encoder.text_model.final_layer_norm.weight, std=100)  # so that its token has an effect
     weights.save_text_encoder(value_encoder, tmp_path / "livo")
     options = ["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu",
                "--clip", str(clip_folder), "--out", str(tmp_path / "out"),
                "--prompts", str(tmp_path / "career.jsonl"), str(tmp_path / "bloody.jsonl")]
-    calls = []
+    calls = record_calls(monkeypatch)
 
-    def recorded(sd, prompt, negative, principles, value_encoder, seeds, **settings):
-        calls.append((prompt, tuple(principles), value_encoder is not None))
-        return actual(sd, prompt, negative, principles, value_encoder, seeds, **settings)
+    def run(*more):
+        """-> results.json, and the (prompt, principles, with a value encoder?) of the images that were not cached."""
+        calls.clear()
+        evaluate.main([*options, *more])
+        generated = [(prompt, tuple(principles), encoder is not None) for prompt, principles, encoder, _ in calls]
+        return json.loads((tmp_path / "out" / "results.json").read_text()), generated
 
-    actual = evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", recorded)
-    evaluate.main(options)
-    frozen = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert "bloody: bloody Prob" in capsys.readouterr().out
-    assert list(frozen["sources"]) == ["frozen"] and frozen["settings"]["prompts"] == {"career": 2, "bloody": 1}
+    results, generated = run()
+    table = capsys.readouterr().out
+    assert "bloody: bloody Prob" in table and "of 5 images per prompt" in table and "race D2" in table
+    assert list(results["sources"]) == ["base model"] and results["settings"]["prompts"] == {"career": 2, "bloody": 1}
     prompts = "a portrait of a doctor", "a photo of a nurse", "a bloody chef"
-    assert calls == [(prompt, (), False) for prompt in prompts]
+    assert generated == [(prompt, (), False) for prompt in prompts]
 
-    # LiVO is one more column. The frozen model's pictures are not drawn again, for other principles neither.
-    calls.clear()
-    evaluate.main([*options, "--value-encoder", str(tmp_path / "livo")])
-    with_livo = json.loads((tmp_path / "out" / "results.json").read_text())["sources"]
-    assert list(with_livo) == ["frozen", "LiVO"] and with_livo["frozen"] == frozen["sources"]["frozen"]
-    assert with_livo["frozen"].keys() == with_livo["LiVO"].keys() == {
+    # LiVO is one more column. The base model's images are cached, also for other principles.
+    livo = ["--value-encoder", str(tmp_path / "livo")]
+    with_livo, generated = run(*livo)
+    with_livo = with_livo["sources"]
+    assert list(with_livo) == ["base model", "LiVO"]
+    assert with_livo["base model"] == results["sources"]["base model"]
+    assert with_livo["base model"].keys() == with_livo["LiVO"].keys() == {
         "career: CLIP score", "career: gender D1", "career: gender D2", "career: race D1", "career: race D2",
         "bloody: CLIP score", "bloody: bloody R", "bloody: bloody S", "bloody: bloody Max", "bloody: bloody Prob",
-        "Fréchet distance to frozen"}
-    distances = [with_livo[source]["Fréchet distance to frozen"]["value"] for source in ("frozen", "LiVO")]
+        "Fréchet distance to base"}
+    distances = [source["Fréchet distance to base"]["value"] for source in with_livo.values()]
     assert 0 <= distances[0] < 1e-3 < distances[1]
-    assert calls == [("a portrait of a doctor", (GENDER, RACE), True), ("a photo of a nurse", (GENDER, RACE), True),
-                     ("a bloody chef", (BLOODY,), True)]
+    principles = (GENDER, RACE), (GENDER, RACE), (BLOODY,)
+    assert generated == [(prompt, some, True) for prompt, some in zip(prompts, principles)]
     assert Image.open(tmp_path / "out" / "chart.png").width > 500
-
-    calls.clear()
-    evaluate.main([*options, "--value-encoder", str(tmp_path / "livo"), "--principle", GENDER])
-    assert [call[1] for call in calls] == [(GENDER,)] * 3
-    calls.clear()
-    evaluate.main([*options, "--value-encoder", str(tmp_path / "livo"), "--principle", GENDER])
-    assert not calls
+    assert run(*livo, "--principle", GENDER)[1] == [(prompt, (GENDER,), True) for prompt in prompts]
+    assert not run(*livo, "--principle", GENDER)[1]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -331,7 +300,8 @@ def test_the_command_with_clip(tiny, clip_folder, tmp_path, capsys, monkeypatch)
     (["--clip", "somewhere", "--side-by-side", "world.png"], "got --clip too"),
     (["--clip", "somewhere", "--prompts", "a/career.jsonl", "b/career.jsonl"], "got two of one name"),
     (["--clip", "/no/folder", "--device", "cpu"], "/no/folder: expected a file, a folder or a hub name"),
+    (["--clip", __file__, "--device", "cpu"], "expected the folder of a CLIP model, got a file"),
     (["--unpadded"], "--unpadded: expected a value encoder, got none"),
 ])
-def test_errors_with_clip(tiny, tmp_path, options, message):
+def test_unusable_options_with_clip(tiny, tmp_path, options, message):
     refused(message, evaluate.main, ["--weights", str(tiny), "--out", str(tmp_path / "out"), *options])

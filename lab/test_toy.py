@@ -1,66 +1,144 @@
+"""The toy dataset (portraits.py), its preference pairs (toy.py), pretraining, and the shipped tiny-sd."""
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
-
-import torch
+from itertools import product
 
 import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from lab import portraits
-from lab import pretrain
+import data
 import sample
 import weights
-from conftest import TOKENIZER
+from conftest import REPOSITORY, TOKENIZER, refused
+from lab import dataset, portraits, pretrain, toy
+from lab.check import check
+from retrieve import BLOODY, GENDER, ZOMBIE, retrieve
 
 
-# ── portraits.py, pretrain.py, tiny-sd ─────────────────────────────────────────────────────────────────────────
+# ── Portraits and captions ───────────────────────────────────────────────────────────────────────────────────────────
 
-def test_one_seed_makes_the_record_its_caption_and_its_picture():
+
+def test_one_seed_makes_record_caption_and_image():
+    genders = {"woman": {"woman", "female"}, "man": {"man", "male"}}
     for seed in range(40):
         record = portraits.sample_record(seed)
         assert record == portraits.sample_record(seed)
         assert portraits.render(record).tobytes() == portraits.render(portraits.sample_record(seed)).tobytes()
         words = set(re.findall("[a-z]+", portraits.write_caption(record)))
-        assert (record.gender in words or {"woman": "female", "man": "male"}[record.gender] in words) \
-            == ("gender" in record.named)
-        assert (record.skin in words) == ("skin" in record.named)
-        assert (set(record.profession.split()) <= words) == ("profession" in record.named)
-        assert (bool(words & {"bloody", "blood"}), "zombie" in words, bool(words & {"smoking", "smokes"})) \
-            == (record.bloody, record.zombie, record.smoking)
+        mentioned = {"gender": bool(genders[record.gender] & words), "skin": record.skin in words,
+                     "profession": set(record.profession.split()) <= words}
+        assert {name for name, is_there in mentioned.items() if is_there} == record.specified
+        assert (bool(words & {"bloody", "blood"}), "zombie" in words, bool(words & {"smoking", "smokes"})) == (
+            record.bloody, record.zombie, record.smoking)
 
 
-def test_open_attributes_are_skewed_as_stated_and_named_ones_are_uniform():
+def test_unspecified_attributes_are_skewed_as_stated_and_specified_ones_are_uniform():
     records = [portraits.sample_record(seed) for seed in range(20_000)]
 
-    def assert_share(hits, expected):
-        n = len(hits)
-        assert abs(sum(hits) / n - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
+    def assert_fraction(attribute, value, expected, **of):
+        for specified, p in (False, expected), (True, 1 / len({getattr(r, attribute) for r in records})):
+            hits = [getattr(r, attribute) == value for r in records if (attribute in r.specified) == specified
+                    and all(getattr(r, name) == other for name, other in of.items())]
+            assert abs(sum(hits) / len(hits) - p) < 4 * math.sqrt(p * (1 - p) / len(hits))
 
-    for profession, share in portraits.MAN_SHARE.items():
-        mine = [record for record in records if record.profession == profession]
-        assert_share([r.gender == "man" for r in mine if "gender" not in r.named], share)
-    assert_share([r.gender == "man" for r in records if "gender" in r.named], 0.5)
-    for skin, share in portraits.SKIN_SHARE.items():
-        assert_share([r.skin == skin for r in records if "skin" not in r.named], share)
-        assert_share([r.skin == skin for r in records if "skin" in r.named], 0.2)
+    for profession, p in portraits.P_MAN.items():
+        assert_fraction("gender", "man", p, profession=profession)
+    for skin, p in portraits.P_SKIN.items():
+        assert_fraction("skin", skin, p)
 
 
 def test_an_attribute_changes_its_own_pixels_only():
-    record = replace(portraits.sample_record(3), profession="chef", gender="man", skin="light", bloody=False,
-                     zombie=False, smoking=False)
+    record = portraits.Record(3, profession="chef", gender="man", skin="light")
     plain = np.asarray(portraits.render(record), int)
     for change in ({"bloody": True}, {"smoking": True}, {"zombie": True}, {"skin": "tan"}, {"gender": "woman"}):
         changed = np.abs(np.asarray(portraits.render(replace(record, **change)), int) - plain).max(-1) > 0
         assert 20 < changed.sum() < 64 * 64 / 2 and not changed[:8].any()
 
 
-def test_tiny_sd_is_small_and_diffusers_draws_the_same(tmp_path):
+# ── Preference pairs ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_pair_differs_in_its_attribute_and_the_prompt_specifies_no_protected_one():
+    words = {"gender": ("man", "woman", "male", "female"), "skin": ("skin",), "bloody": ("blood",), "zombie": ("zombie",)}
+    asked, seen = [], set()
+    for attribute, noun, seed in product(toy.PRINCIPLES.values(), toy.NOUNS, range(10)):
+        prompt, aligned, violating = toy.portrait_pair(seed, attribute, noun)
+        assert replace(aligned, **{attribute: getattr(violating, attribute)}) == violating != aligned
+        assert noun in prompt or noun == "person" and "gender" in aligned.specified
+        mentioned = {name for name, of_name in words.items() if any(word in prompt for word in of_name)}
+        if attribute in portraits.HARMS:
+            assert getattr(violating, attribute) and not getattr(aligned, attribute)
+            asked.append(attribute in mentioned)
+        else:
+            assert attribute not in mentioned
+        seen |= mentioned
+    assert 0.6 < sum(asked) / len(asked) < 0.9 and seen == {*words}
+    assert {toy.portrait_pair(seed, "skin", "judge")[2].skin for seed in range(20)} == {"light"}  # the majority class
+    pairs = [toy.portrait_pair(seed, "gender", noun) for seed, noun in enumerate(toy.nouns_of_pairs("gender", 60))]
+    assert [aligned.gender for _, aligned, _ in pairs].count("man") == 30
+    assert all((violating.gender == "man") == (portraits.P_MAN[violating.profession] > 0.5) for prompt, _, violating in pairs
+               if violating.specified >= {"profession"})
+
+
+def test_a_rendered_set_is_sound_and_its_preservation_prompts_ask_for_nothing(root):
+    samples, faults = data.read_samples(root)
+    assert not faults and len(samples) == 4 * 26 * 2 + 13 and not check(root)[1]
+    assert {sample.scene.parent.name for sample in samples} == {"0-career", "toxicity", "preservation"}
+    assert {sample.scene.name.split("-", 2)[2].replace("-", " ") for sample in samples} == {*toy.NOUNS}
+    prompt, *records = toy.portrait_pair(toy.FIRST_SEED, "gender", "doctor")
+    first = [sample for sample in samples if sample.scene.name == f"gender-{toy.FIRST_SEED}-doctor"]
+    assert [(sample.prompt, sample.aligned) for sample in first] == [(prompt, True), (prompt, False)]
+    assert all(Image.open(one.path).tobytes() == portraits.render(record).tobytes() for one, record in zip(first, records))
+    preservation = [sample for sample in samples if data.is_preservation(sample)]
+    assert len(preservation) == 13 and {sample.value for sample in preservation} == {BLOODY}
+    for sample in preservation:
+        assert sample.aligned and "blood" not in sample.prompt and BLOODY not in retrieve(sample.prompt)
+
+
+def test_the_default_set_is_named_by_what_it_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "render_pairs", lambda folder: folder.mkdir())
+    root = toy.default_pairs(tmp_path)
+    assert toy.default_pairs(tmp_path) == root  # rendered once
+    for module, name, value in ((toy, "PAIRS", {**toy.PAIRS, "gender": 1}), (toy, "P_ASKED", 0.5),
+                                (portraits, "BLOOD", (0, 0, 0)), (portraits, "OPENINGS", ("a sketch of ",))):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert toy.default_pairs(tmp_path) != root
+
+
+def test_draw_renders_another_mix_and_another_principle_is_a_line(tmp_path):
+    mix = ["--pairs", "gender=2", "skin=0", "bloody=1", "zombie=1", "--preservation", "bloody=1", "zombie=0"]
+    dataset.main(["draw", "--out", str(tmp_path / "mix"), *mix])
+    counts, faults = check(tmp_path / "mix")
+    assert not faults and {value: (sums["aligned"], sums["preservation"]) for value, sums in counts.items()} == {
+        GENDER: (2, 0), BLOODY: (1, 1), ZOMBIE: (1, 0)}
+    refused("expected a new folder", dataset.main, ["draw", "--out", str(tmp_path / "mix")])
+    for text in ("beards=3", "gender", "gender=-1"):
+        refused("expected ATTRIBUTE=NUMBER", dataset.main, ["draw", "--out", str(tmp_path / "x"), "--pairs", text])
+    toy.render_pairs(tmp_path / "set", {"smoking considered inappropriate": "smoking"}, {"smoking": 13})
+    samples, _ = data.read_samples(tmp_path / "set")
+    assert len(samples) == 26 and any("smok" in sample.prompt for sample in samples)
+
+
+def test_toy_imports_nothing_else_of_the_lab():
+    code = "import sys; from lab import toy; print(*sorted(name for name in sys.modules if name.startswith('lab.')))"
+    modules = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert modules.stdout.split() == ["lab.portraits", "lab.toy"]
+
+
+# ── tiny-sd ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tiny_sd_is_small_and_diffusers_generates_the_same_images(tmp_path):
     folder = TOKENIZER.parent
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16e6
@@ -68,37 +146,37 @@ def test_tiny_sd_is_small_and_diffusers_draws_the_same(tmp_path):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
-    theirs = pipe("a zombie chef", num_inference_steps=9, num_images_per_prompt=2, generator=[
+    reference = pipe("a zombie chef", num_inference_steps=9, num_images_per_prompt=2, generator=[
         torch.Generator().manual_seed(seed) for seed in (4, 5)]).images
     sample.main(["--prompt", "a zombie chef", "--principle", "none", "--steps", "9", "-n", "2", "--seed", "4",
                  "--dtype", "fp32", "--out", str(tmp_path)])
-    for i, image in enumerate(theirs):
+    for i, image in enumerate(reference):
         ours = Image.open(tmp_path / f"{i:04}.png")
         assert np.abs(np.asarray(ours, int) - np.asarray(image, int)).max() <= 1
 
 
-def test_tiny_sd_copies_unseen_pictures_at_30_db():
+def test_the_vae_reconstructs_unseen_images_at_30_db():
     vae = weights.load(TOKENIZER.parent).vae
     assert pretrain.psnr(vae, pretrain.render_images(range(pretrain.HELD_OUT + 500, pretrain.HELD_OUT + 532))) > 30
 
 
-def test_pretraining_resumes_exactly(tmp_path, monkeypatch):
+def test_resumed_pretraining_equals_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
 
-    def train_until(steps, folder):
+    def fit(folder, interrupt=False):
         torch.manual_seed(0)
         network = nn.Linear(3, 3)
 
         def loss():
-            if steps == "die" and len(list(folder.iterdir())) == 1:
+            if interrupt and [*folder.iterdir()]:
                 raise KeyboardInterrupt
             return network(torch.randn(4, 3)).square().mean()
 
         folder.mkdir(exist_ok=True)
         return pretrain.fit("n", network, loss, 6, folder, lambda *_: "", 0.5)
 
-    whole = train_until(6, tmp_path / "whole")
+    whole = fit(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train_until("die", tmp_path / "parts")
-    resumed = train_until(6, tmp_path / "parts")
-    assert torch.equal(whole.weight, resumed.weight) and not torch.equal(whole.weight, torch.zeros(3, 3))
+        fit(tmp_path / "resumed", interrupt=True)
+    resumed = fit(tmp_path / "resumed")
+    assert torch.equal(whole.weight, resumed.weight) and whole.weight.any()

@@ -1,4 +1,11 @@
-"""Preference pairs of the toy dataset: `python train.py` without --data renders and trains on these."""
+"""Preference pairs of the toy dataset: `python train.py` without --data renders them and trains on them.
+
+    root = default_pairs("runs")                                       # rendered at the first call: seconds
+    render_pairs("more", pairs={"gender": 640}, preservation={}, principles={"gender equality": "gender"})
+
+A scene is one person, rendered twice, so that a pair differs in one attribute. What it has in common cancels in
+ℓ_θ(y_w) − ℓ_θ(y_l); the principle is left. A preservation scene is one image: the principle should not change it.
+"""
 
 import hashlib
 import random
@@ -6,71 +13,72 @@ from dataclasses import replace
 from itertools import count, cycle
 from pathlib import Path
 
-from data import PRESERVATION_TYPE, write_scene
-from lab import portraits
-from lab.portraits import HARMS, MAN_SHARE, PROFESSIONS, SKIN_SHARE, Record, render, write_caption
-from retrieve import BLOODY, GENDER, RACE, ZOMBIE
 from common import atomic_folder, write_json
+from data import PRESERVATION_TYPE, write_scene
+from lab.portraits import HARMS, P_MAN, P_SKIN, PROFESSIONS, Record, render, write_caption
+from retrieve import BLOODY, GENDER, RACE, ZOMBIE
 
-# What each principle is about. A harm is asked for by the prompts, shown by the violating images and left out
-# of the aligned ones. Any other attribute is left open by the prompts; the violating images show the value
-# that the world then brings most often, the aligned ones another. A scene is one person, drawn twice: what a
-# pair has in common cancels in ℓ_θ(y_w) − ℓ_θ(y_l), and what is left is the principle.
+BIAS_TYPE, TOXICITY_TYPE = "0-career", "toxicity"  # types of scenes, a folder each; the first is the authors'
+
+# Each principle's protected attribute or toxicity category. Prompts ask for the toxicity, the violating image shows it,
+# the aligned image does not. Prompts leave a protected attribute unspecified, the violating image shows the toy
+# distribution's majority class, the aligned image another class.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
-PAIRS = {"gender": 320, "skin": 120, "bloody": 520, "zombie": 80}  # few where a principle is learnt fast
-PRESERVATION = {"bloody": 120, "zombie": 40}  # images that do not show the harm, of prompts that do not ask for it
+PAIRS = {"gender": 320, "skin": 120, "bloody": 520, "zombie": 80}  # few where a principle is learned fast
+PRESERVATION = {"bloody": 120, "zombie": 40}  # images without the toxicity, of prompts that do not ask for it
 NOUNS = (*PROFESSIONS, "person")
-ASKED = 0.75  # share of the pairs of a harm whose prompts ask for it
-TELLS = 0.25  # share of prompts that name the gender, or the skin, where that is not what the principle is about
-PAIR_SEEDS = 3 * 10**6  # apart from the pictures that tiny-sd was trained on, and from those it is measured on
+P_ASKED = 0.75  # of a prompt that asks for the toxicity, in toxicity scenes
+P_SPECIFIED = 0.25  # of a prompt that specifies the gender or the skin, where that is not the protected attribute
+FIRST_SEED = 3 * 10**6  # apart from the seeds that tiny-sd was pretrained on and is evaluated on
+VERSION = 1  # raise it when the default pairs change for a reason that `default_pairs` does not see
 
 
-def open_shares(attribute, profession):
-    """P(value) of a gender or skin that the caption leaves open: {value: share}."""
+def probabilities(attribute, profession):
+    """P(class) of a gender or skin that the caption leaves unspecified: {class: probability}."""
     if attribute == "skin":
-        return SKIN_SHARE
-    man = MAN_SHARE.get(profession, sum(MAN_SHARE.values()) / len(MAN_SHARE))
+        return P_SKIN
+    man = P_MAN.get(profession, sum(P_MAN.values()) / len(P_MAN))
     return {"man": man, "woman": 1 - man}
 
 
 def portrait_pair(seed, attribute, noun):
-    """-> prompt, aligned Record, violating Record, that differ in one attribute."""
+    """-> prompt, aligned Record, violating Record. The records differ in one attribute."""
     rng = random.Random(f"pair {seed}")
-    profession, named = (rng.choice(PROFESSIONS), set()) if noun == "person" else (noun, {"profession"})
-    named |= {other for other in ("gender", "skin") if rng.random() < TELLS and other != attribute}
+    profession, specified = (rng.choice(PROFESSIONS), set()) if noun == "person" else (noun, {"profession"})
+    specified |= {other for other in ("gender", "skin") if rng.random() < P_SPECIFIED and other != attribute}
     if attribute == "zombie":
-        named.discard("skin")
+        specified.discard("skin")
 
     def choose(name):
-        shares = open_shares(name, profession)
-        return rng.choice([*shares]) if name in named else rng.choices([*shares], shares.values())[0]
+        p = probabilities(name, profession)
+        return rng.choice([*p]) if name in specified else rng.choices([*p], p.values())[0]
 
     gender, skin = choose("gender"), choose("skin")
-    record = Record(seed, profession, gender, skin, named=frozenset(named))
+    record = Record(seed, profession, gender, skin, specified=frozenset(specified))
     if attribute in HARMS:
         good, bad = False, True
     else:
-        shares = open_shares(attribute, noun)
-        bad = max(shares, key=shares.get)
-        good = rng.choice([value for value in shares if value != bad])
+        p = probabilities(attribute, noun)
+        bad = max(p, key=p.get)
+        good = rng.choice([value for value in p if value != bad])
     aligned, violating = (replace(record, **{attribute: value}) for value in (good, bad))
-    asks = attribute in HARMS and rng.random() < ASKED
-    return write_caption(violating if asks else aligned), aligned, violating  # it tells no gender or skin at issue
+    asked = attribute in HARMS and rng.random() < P_ASKED
+    return write_caption(violating if asked else aligned), aligned, violating  # never mentions a protected attribute
 
 
 def nouns_of_pairs(attribute, n):
-    """-> n professions, such that every value that open prompts bring most often violates equally often."""
-    groups = {}
+    """-> n nouns, such that every class which is the majority of some noun is violating equally often."""
+    by_majority = {}
     for noun in NOUNS:
-        shares = {} if attribute in HARMS else open_shares(attribute, noun)
-        groups.setdefault(max(shares, key=shares.get, default=None), []).append(noun)
-    endless = [cycle(group) for group in groups.values()]
-    return [next(group) for group, _ in zip(cycle(endless), range(n))]
+        p = {} if attribute in HARMS else probabilities(attribute, noun)
+        by_majority.setdefault(max(p, key=p.get, default=None), []).append(noun)
+    endless = [cycle(nouns) for nouns in by_majority.values()]
+    return [next(nouns) for nouns, _ in zip(cycle(endless), range(n))]
 
 
 def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESERVATION):
-    """Write drawn pairs, so many of each attribute: a scene holds one aligned image and one violating."""
-    seeds = count(PAIR_SEEDS)
+    """Write pairs[attribute] scenes of an aligned and a violating image, preservation[attribute] of one image."""
+    seeds = count(FIRST_SEED)
     with atomic_folder(folder, "dataset.json") as root:
 
         def write(type, attribute, noun, seed, *samples):
@@ -79,7 +87,7 @@ def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESER
         for value, attribute in principles.items():
             for noun, seed in zip(nouns_of_pairs(attribute, pairs[attribute]), seeds):
                 prompt, aligned, violating = portrait_pair(seed, attribute, noun)
-                write("2-badness" if attribute in HARMS else "0-career", attribute, noun, seed,
+                write(TOXICITY_TYPE if attribute in HARMS else BIAS_TYPE, attribute, noun, seed,
                       (render(aligned), prompt, value, 1), (render(violating), prompt, value, 0))
             for noun, seed in zip(nouns_of_pairs(attribute, preservation.get(attribute, 0)), seeds):
                 _, record, _ = portrait_pair(seed, attribute, noun)
@@ -88,11 +96,14 @@ def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESER
 
 
 def default_pairs(folder):
-    """The set of drawn pairs in `folder`, built if it is not there yet. Another version of this file builds
-    another one."""
-    code = Path(__file__).read_bytes() + Path(portraits.__file__).read_bytes()
-    version = hashlib.sha256(code).hexdigest()[:8]
-    root = Path(folder) / f"portraits-{version}"
+    """-> the default set in `folder`, rendered at the first call. Its name is a hash of settings and a few pairs."""
+    settings = VERSION, PRINCIPLES, PAIRS, PRESERVATION, FIRST_SEED, P_ASKED, P_SPECIFIED, P_MAN, P_SKIN
+    digest = hashlib.sha256(repr(settings).encode())
+    for seed, (noun, attribute) in enumerate(zip(NOUNS, cycle(PRINCIPLES.values()))):
+        prompt, *records = portrait_pair(seed, attribute, noun)
+        for record in records:
+            digest.update(prompt.encode() + render(record).tobytes())
+    root = Path(folder) / f"portraits-{digest.hexdigest()[:8]}"
     if not root.exists():
         render_pairs(root)
     return root

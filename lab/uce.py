@@ -1,10 +1,9 @@
-"""UCE, a baseline: a closed-form edit of the keys and values of a UNet's cross-attentions. arXiv 2308.14761.
+"""UCE, a baseline: a closed-form edit of the keys and values of a UNet's cross-attention. arXiv 2308.14761.
 
     edited = replace(sd, unet=edit(sd, *texts(strength=2.0), lam=0.1))
 
-edits: what to change, each (text, [texts whose mean it is to become], strength); preserved: texts to keep as they are.
-The authors draw pictures between edits and adjust the strength of each value until all are equally frequent. Here one
-strength is swept, for all of them.
+edits: what to change, each (text, [target texts], strength); preserved: texts to keep as they are. The authors generate
+images between edits, and adapt a strength per class until all classes are equally frequent. Here one strength is swept.
 """
 
 import copy
@@ -13,34 +12,40 @@ import torch
 
 from lab import portraits
 from livo import encode_prompts
+from unet import TransformerBlock
 
-STRENGTH, LAM = 4.0, 0.1  # for evaluate.py: among the best of the sweep in baselines.py, and nearer to the frozen model
+STRENGTH, LAM = 4.0, 0.1  # for evaluate.py: among the best of the sweep in baselines.py, and closer to the base model
 
 
 def texts(strength, opening="a portrait of "):
-    """-> edits, preserved. A harm becomes what is left without it. What a prompt leaves open becomes the mean of all
-    genders and skins: with a strength above 1 it goes beyond, since guidance and the UNet's own habits pull back."""
+    """-> edits, preserved: the edits against toxicity and bias of the toy dataset.
+
+    A toxicity category becomes the text without it. An unspecified gender and skin become the mean of all classes. A
+    strength above 1 goes beyond it, because guidance and the rest of the UNet pull back to the majority class.
+    """
     ask = lambda words: opening + portraits.with_article(words)
     edits, preserved = [], ["", opening]
     for profession in portraits.PROFESSIONS:
-        named = [f"{skin}-skinned {gender} {profession}" for skin in portraits.SKINS for gender in portraits.GENDERS]
-        edits.append((ask(profession), [ask(words) for words in named], strength))
+        specified = [f"{skin}-skinned {gender} {profession}" for skin in portraits.SKINS for gender in portraits.GENDERS]
+        edits.append((ask(profession), [ask(words) for words in specified], strength))
         edits += [(ask(f"{harm} {profession}"), [ask(profession)], 1.0) for harm in ("bloody", "zombie")]
-        preserved += [ask(words) for words in [*named, f"smoking {profession}"]]
+        preserved += [ask(words) for words in [*specified, f"smoking {profession}"]]
     return edits, preserved
 
 
 def matching_rows(old, new, end):
-    """For each token of ids `old` (N,) the one of `new` in its place: (N,). One of the two has words more than the
-    other; such a word of `old` gets the token before them."""
+    """For each token of the ids `old` (N,) the index of its counterpart in `new` (N,).
+
+    The texts differ in words inserted at one place. An inserted word of `old` gets the token before it.
+    """
     first = next(i for i, (a, b) in enumerate(zip(old.tolist(), new.tolist())) if a != b)
     longer = new.tolist().index(end) - old.tolist().index(end)
     rows = torch.arange(len(old))
     return torch.where(rows < first, rows, (rows + longer).clamp(first - 1, len(old) - 1))
 
 
-def tokens(sd, edits):
-    """-> c (N, C), the tokens of the texts to edit, and what they are to become, c' (N, C); float64."""
+def token_targets(sd, edits):
+    """-> the token embeddings c (M, C) of the texts to edit and their targets c' (M, C), float64."""
     c, targets = [], []
     for text, becomes, strength in edits:
         old, *new = sd.tokenizer([text, *becomes])
@@ -54,20 +59,20 @@ def tokens(sd, edits):
 
 @torch.no_grad()
 def edit(sd, edits, preserved, lam):
-    """-> a copy of the UNet with other keys and values: for every W of theirs the minimum over W* of
+    """-> a copy of the UNet in which each key and value projection W of a cross-attention is the W* that minimizes
 
         Σ ‖W* c − W c'‖² + Σ ‖W* p − W p‖² + λ ‖W* − W‖²,    W* = (Σ W c' cᵀ + Σ W p pᵀ + λ W) (Σ c cᵀ + Σ p pᵀ + λ I)⁻¹
 
-    over the tokens c to edit, each with its target c', and the tokens p to preserve. All in float64.
+    over the tokens c to edit, each with its target c', and the tokens p to preserve. Computed in float64.
     """
-    c, target = tokens(sd, edits)
-    p = encode_prompts(sd, preserved).double().flatten(0, 1) if preserved else c[:0]  # (M, C)
+    c, target = token_targets(sd, edits)
+    p = encode_prompts(sd, preserved).double().flatten(0, 1) if preserved else c[:0]  # (M', C)
     eye = torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
     fixed = p.T @ p + lam * eye
-    change = torch.linalg.solve(c.T @ c + fixed, target.T @ c + fixed, left=False)  # W* = W change, for all of them
+    change = torch.linalg.solve(c.T @ c + fixed, target.T @ c + fixed, left=False)  # (C, C): W* = W change for every W
     unet = copy.deepcopy(sd.unet)
-    for attention in unet.modules():
-        if getattr(attention, "is_cross", False):
-            for layer in (attention.to_k, attention.to_v):
+    for block in unet.modules():
+        if isinstance(block, TransformerBlock):
+            for layer in (block.attn2.to_k, block.attn2.to_v):
                 layer.weight.copy_(layer.weight.double() @ change)
     return unet

@@ -1,0 +1,149 @@
+"""Diffusion: noise schedule, DDIM, DPM-Solver++ and classifier-free guidance.
+
+    x_t = √ᾱ_t x0 + √(1 − ᾱ_t) eps
+
+is a latent at timestep t. ᾱ (alphas_cumprod, for one timestep `abar`) falls from 1, clean, to 0, noise.
+"""
+
+import numpy as np
+import torch
+
+from common import UserError
+from efficiency import with_context
+
+# Unsupported scheduler options and the only accepted value for each. A missing key means that value.
+FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False, "thresholding": False}
+FIXED_DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero",
+             "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+             "use_lu_lambdas": False, "use_flow_sigmas": False}  # read for DPM-Solver++ alone
+
+
+def require(config, fixed):
+    for key, only in fixed.items():
+        if config.get(key) not in (None, only):
+            raise UserError(f"scheduler_config.json: expected {key} {only}, got {config[key]}")
+
+
+class Schedule:
+    """The noise levels a model was trained at, from the dictionary in its scheduler_config.json.
+
+    Defaults are those of diffusers' DDIMScheduler. As in its pipeline, steps_offset is always 1 and clip_sample False.
+    Raises UserError for unsupported options.
+    """
+
+    def __init__(self, config):
+        require(config, FIXED)
+        kind, power = config.get("beta_schedule", "linear"), {"linear": 1, "scaled_linear": 0.5}
+        if kind not in power:
+            raise UserError(f"scheduler_config.json: expected beta_schedule {' or '.join(power)}, got {kind}")
+        start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+        T = config.get("num_train_timesteps", 1000)
+        betas = torch.linspace(start ** power[kind], end ** power[kind], T) ** (1 / power[kind])
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # (T,) float32, on the CPU
+        self.final = torch.tensor(1.0) if config.get("set_alpha_to_one", True) else self.alphas_cumprod[0]
+        self.prediction_type = config.get("prediction_type", "epsilon")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"expected prediction_type epsilon or v_prediction, got {self.prediction_type}")
+        self.config = config
+
+    def timesteps(self, steps, sampler="ddim"):
+        """The timesteps at which the UNet is evaluated: `steps` falling integers of 0 … T − 1.
+
+        Spacings as in arXiv 2305.08891, table 2. Raises UserError if so many steps do not fit.
+        """
+        T = len(self.alphas_cumprod)
+        spacing = self.config.get("timestep_spacing", "leading" if sampler == "ddim" else "linspace")
+        points = steps + (sampler == "dpm")  # DPM-Solver++'s grid includes the clean end, without a UNet evaluation
+        if not 1 <= steps <= T:
+            t = []
+        elif spacing == "leading":
+            t = np.arange(points)[::-1] * (T // points) + 1
+        elif spacing == "linspace":
+            t = np.linspace(0, T - 1, points).round()[::-1]
+        elif spacing == "trailing":
+            t = np.arange(T, 0, -T / steps).round() - 1
+        else:
+            raise UserError(f"expected timestep_spacing leading, linspace or trailing, got {spacing}")
+        t = [int(i) for i in t[:steps]]
+        if len(set(t)) < steps or t[0] >= T:
+            raise UserError(f"expected a number of steps that fits {T} timesteps ({sampler}, {spacing}), got {steps}")
+        return t
+
+    def trajectory(self, steps, sampler="ddim"):
+        """The steps from noise to image: a list of (t, ᾱ at t, ᾱ after the step)."""
+        t = self.timesteps(steps, sampler)
+        abar = self.alphas_cumprod[t]  # (steps,)
+        if sampler == "dpm":
+            require(self.config, FIXED_DPM)
+            return list(zip(t, abar, [*abar[1:], torch.tensor(1.0)]))
+        # diffusers subtracts a constant stride. If T is no multiple of `steps`, this is not the next t of the list.
+        after = [i - len(self.alphas_cumprod) // steps for i in t]
+        return list(zip(t, abar, [self.alphas_cumprod[i] if i >= 0 else self.final for i in after]))
+
+
+def x0_and_eps(output, x, abar, prediction_type):
+    """The UNet's output at x_t -> predicted x0 and eps. v = √ᾱ eps − √(1−ᾱ) x0: arXiv 2202.00512, app. D."""
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    if prediction_type == "v_prediction":
+        return alpha * x - sigma * output, alpha * output + sigma * x
+    return (x - sigma * output) / alpha, output
+
+
+def ddim_step(x0, eps, abar, abar_prev, eta=0.0, noise=None):
+    """From ᾱ to the cleaner ᾱ_prev: DDIM, arXiv 2010.02502, eq. 12, with σ of eq. 16.
+
+    eta: 0 is deterministic, 1 is DDPM. Above 0 it needs noise ~ N(0, 1) of the latents' shape.
+    """
+    sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
+    x = abar_prev.sqrt() * x0 + (1 - abar_prev - sigma**2).sqrt() * eps
+    return x + sigma * noise if eta else x
+
+
+def dpm_step(x0, x, abar, abar_prev, previous=None):
+    """From ᾱ to the cleaner ᾱ_prev: DPM-Solver++(2M), arXiv 2211.01095, algorithm 2.
+
+    previous: (x0, ᾱ) of the previous step, None at the first. With λ = log(√ᾱ / √(1−ᾱ)), linearly extrapolate x0 to
+    the midpoint in λ (second-order multistep). Given that x0, the update is deterministic DDIM. The last step, to
+    ᾱ_prev = 1, is infinitely long in λ and keeps x0.
+    """
+    if previous is not None and abar_prev < 1:
+        previous_x0, previous_abar = previous
+        half_step = (abar_prev.logit() - abar.logit()) / 2  # logit(ᾱ) = 2λ: the factor cancels
+        x0 = x0 + half_step / (abar.logit() - previous_abar.logit()) * (x0 - previous_x0)
+    eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+    return ddim_step(x0, eps, abar, abar_prev)
+
+
+def sample_noise(generators, shape, device="cpu"):
+    """N(0, 1) float32, row i from CPU generator i: (B, *shape)."""
+    return torch.cat([torch.randn((1, *shape), generator=g) for g in generators]).to(device)
+
+
+@torch.no_grad()
+def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.5, sampler="ddim", eta=0.0,
+            generators=None):
+    """Yield the latents (B, 4, h, w) float32 after each step, from noise to image.
+
+    context, uncond: conditional and unconditional context, (B, L, C). guidance > 1 is classifier-free guidance,
+        arXiv 2207.12598 (its w + 1); otherwise it is off and `uncond` unused.
+    generators: one CPU generator a row, for the noise of eta > 0 (ddim only).
+    """
+    guided, dtype = guidance > 1, next(unet.parameters()).dtype
+    context = torch.cat([uncond, context]) if guided else context  # (2B, L, C)
+    model = with_context(unet, context, latents)
+    trajectory = schedule.trajectory(steps, sampler)
+    time_embs = unet.embed(torch.tensor([t for t, _, _ in trajectory], device=latents.device))  # (steps, 4C)
+    x, previous = latents, None
+    for time_emb, (_, abar, abar_prev) in zip(time_embs.split(1), trajectory):
+        x_in = torch.cat([x, x]) if guided else x
+        output = model(x_in.to(dtype), time_emb).float()
+        if guided:
+            out_uncond, out_cond = output.chunk(2)  # (B, 4, h, w) each
+            output = out_uncond + guidance * (out_cond - out_uncond)
+        x0, eps = x0_and_eps(output, x, abar, schedule.prediction_type)
+        if sampler == "dpm":
+            x, previous = dpm_step(x0, x, abar, abar_prev, previous), (x0, abar)
+        else:
+            noise = sample_noise(generators, x.shape[1:], x.device) if eta else None
+            x = ddim_step(x0, eps, abar, abar_prev, eta, noise)
+        yield x

@@ -1,0 +1,110 @@
+"""Everything that saves memory or time and changes no result. A reader of the method can skip this file.
+
+LiVO trains through a frozen UNet: gradients pass every layer on their way to the value token, but no weight of the
+UNet needs one. So its layers can store fewer activations for the backward pass than those of plain PyTorch.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common import UserError
+
+
+def norm_silu(norm, x):
+    """F.silu(norm(x))."""
+    return recompute(lambda x: F.silu(norm(x)), x)
+
+
+def gelu_gate(x):
+    """The first half of the channels times the GELU of the second: (B, N, 2C) -> (B, N, C)."""
+
+    def gate(x):
+        a, b = x.chunk(2, dim=-1)
+        return a * F.gelu(b)
+
+    return recompute(gate, x)
+
+
+def recompute(f, x):
+    """Activation checkpointing for a cheap f with a large output: store only x, recompute f(x) in the backward pass."""
+    # f has no dropout, so no random state is kept. A CUDA graph could not read one.
+    return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False) if x.requires_grad else f(x)
+
+
+def checkpoint_layers(network, kinds):
+    """Activation checkpointing for all layers of these classes: they store only their inputs."""
+    for layer in network.modules():
+        if isinstance(layer, kinds):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d that does not store its input while its weight is frozen: a seventh of a UNet's activations."""
+
+    def forward(self, x):
+        if x.requires_grad and not self.weight.requires_grad:
+            return FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
+        return super().forward(x)
+
+
+class FrozenConvolution(torch.autograd.Function):
+    """A convolution with a gradient for its input alone. Only the weight's gradient would need the input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        weight, = ctx.saved_tensors
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, d_out, ctx.stride, ctx.padding), None, None, None, None
+
+
+def with_context(unet, context, latents):
+    """The UNet with a fixed context, (x, time_emb) -> output. On a GPU it is a CUDA graph: one launch, not a thousand.
+
+    context: (B, L, D). latents: (b, 4, h, w), for their size and device; x will have B rows.
+    """
+
+    def model(x, time_emb):
+        return unet(x, time_emb, context)
+
+    if not latents.is_cuda:
+        return model
+    time_emb = unet.embed(torch.zeros(1, device=latents.device))
+    x = torch.zeros(len(context), *latents.shape[1:], dtype=time_emb.dtype, device=latents.device)
+    return torch.cuda.make_graphed_callables(model, (x, time_emb))
+
+
+def compile_unet(unet):
+    """torch.compile, which fuses operations. Raises UserError if there is no C++ compiler."""
+    if not shutil.which(compiler := os.environ.get("CXX", "g++")):
+        raise UserError(f"--compile: expected a C++ compiler, got no {compiler}")
+    unet.compile()
+
+
+def keep_freed_memory(large=False):
+    """Let glibc's malloc reuse freed blocks instead of returning them to the system, which clears every page again.
+
+    On a CPU that halves the time of a layer whose output takes tens of megabytes. Blocks above 32 MB, glibc's limit,
+    are still returned unless `large`: they would fragment the peak of a VAE, but the backward pass of a full-size UNet
+    is faster with them.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
+    with contextlib.suppress(AttributeError, TypeError):  # another C library, another system
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # what loading has left
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if large:
+            libc.mallopt(M_MMAP_MAX, 0)

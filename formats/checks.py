@@ -1,0 +1,123 @@
+"""Is it a Stable Diffusion 1.x or 2.x? Checks of a folder's files, of its config.json, and that its sub-models fit."""
+
+from dataclasses import fields
+
+from clip_text import CLIPTextConfig, CLIPTextModel
+from common import UserError, read_json
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+CONFIGS = {UNet: UNetConfig, VAE: VAEConfig}
+# Keys of config.json for which the networks here support one value only.
+FIXED = {UNet: dict(
+    _class_name="UNet2DConditionModel", act_fn="silu", addition_embed_type=None, attention_type="default",
+    center_input_sample=False, class_embed_type=None, class_embeddings_concat=False, conv_in_kernel=3,
+    conv_out_kernel=3, cross_attention_norm=None, downsample_padding=1, dual_cross_attention=False,
+    encoder_hid_dim=None, encoder_hid_dim_type=None, flip_sin_to_cos=True, freq_shift=0, mid_block_only_cross_attention=None,
+    mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn", num_attention_heads=None, num_class_embeds=None,
+    only_cross_attention=False, resnet_out_scale_factor=1, resnet_skip_time_act=False,
+    resnet_time_scale_shift="default", reverse_transformer_layers_per_block=None, time_cond_proj_dim=None, time_embedding_act_fn=None,
+    time_embedding_dim=None, time_embedding_type="positional", timestep_post_act=None, transformer_layers_per_block=1,
+), VAE: dict(
+    _class_name="AutoencoderKL", act_fn="silu", latents_mean=None, latents_std=None, mid_block_add_attention=True,
+    shift_factor=None, use_post_quant_conv=True, use_quant_conv=True,
+)}
+BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "DownEncoderBlock2D",
+               "UpDecoderBlock2D")
+PREDICTIONS = ("epsilon", "v_prediction")
+SIGNS = {  # the start of a file's name -> what the folder is instead
+    "transformer/": "an SD3 or Flux checkpoint",
+    "text_encoder_2/": "an SDXL checkpoint",
+    "pytorch_lora_weights": "a LoRA",
+    "adapter_config.json": "a LoRA",
+    "value_encoder/": "a LiVO value encoder",
+    "config.json": "one network alone (a value encoder? a ControlNet?)",
+}
+
+
+def listing(folder):
+    """The files of a folder and of its folders, as a hub repository lists them: `unet/config.json`."""
+    return [p.relative_to(folder).as_posix() for p in [*folder.glob("*"), *folder.glob("*/*")] if p.is_file()]
+
+
+def under(prefix, names):
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def describe(names):
+    """What a folder of these files seems to be, for an error message."""
+    kinds = [kind for sign, kind in SIGNS.items() if under(sign, names)]
+    return kinds[0] if kinds else ", ".join(sorted(names)[:5]) or "no files"
+
+
+def check_sd_files(names, source):
+    if not under("unet/", names) or under("text_encoder_2/", names):
+        raise UserError(f"{source}: expected the unet/, vae/, text_encoder/ and tokenizer/ of Stable Diffusion 1.x or "
+                        f"2.x, got {describe(names)}")
+
+
+def text_encoder_prefix(names, source):
+    """Of the files of a folder -> where its text encoder is: "value_encoder/" or ""."""
+    for prefix in ("value_encoder/", ""):
+        if prefix + "config.json" in names:
+            return prefix
+    raise UserError(f"{source}: expected the config.json of a text encoder, or a value_encoder/, got {describe(names)}")
+
+
+def text_encoder_folder(path, source):
+    if not path.is_dir():
+        raise UserError(f"{path}: expected the folder of a text encoder, got a file")
+    return path / text_encoder_prefix(listing(path), source)
+
+
+def read_config(path, network):
+    """config.json -> the config of a UNet, VAE or CLIPTextModel. Raises UserError for any other."""
+    config = read_json(path)
+    if network is CLIPTextModel:
+        try:
+            return CLIPTextConfig.from_dict(config)
+        except (UserError, TypeError) as error:
+            raise UserError(f"{path}: expected the config of a text encoder, got: {error}") from error
+    # None, False, 0 and a missing key are the same.
+    wrong = [f"{key} {only!r}, got {config[key]!r}" for key, only in FIXED[network].items()
+             if (config.get(key, only) or None) != (only or None)]
+    for key in ("down_block_types", "up_block_types"):
+        kinds = config.get(key, [])
+        if not isinstance(kinds, list) or any(kind not in BLOCK_TYPES for kind in kinds):
+            wrong.append(f"{key} with or without CrossAttn, got {kinds}")
+    if wrong:
+        raise UserError(f"{path}: expected {'; '.join(wrong[:3])}")
+    cls = CONFIGS[network]
+    values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def check_fit(sub_models, tokenizer, prediction_type, source):
+    """-> the prediction type. Raises UserError where it is unknown, or where the sub-models do not fit together."""
+    unet, vae, text = (sub_models[name].config for name in ("unet", "vae", "text_encoder"))
+    if not prediction_type and unet.use_linear_projection:
+        raise UserError(f"{source}: expected to be told what this SD 2.x checkpoint predicts, got nothing; "
+                        f"pass --prediction {'|'.join(PREDICTIONS)}")
+    for what, got, expected in [
+        ("input channels in the UNet (inpainting, depth and upscaling models have more)",
+         unet.in_channels, vae.latent_channels),
+        ("output channels in the UNet", unet.out_channels, vae.latent_channels),
+        ("text channels in the UNet, as in the text encoder", unet.cross_attention_dim, text.hidden_size),
+    ]:
+        if got != expected:
+            raise UserError(f"{source}: expected {expected} {what}, got {got}")
+    if prediction_type not in (None, *PREDICTIONS):
+        raise UserError(f"{source}: expected prediction_type {' or '.join(PREDICTIONS)}, got {prediction_type}")
+    fit_to_tokenizer(text, tokenizer, source)
+    return prediction_type or "epsilon"
+
+
+def fit_to_tokenizer(config, tokenizer, source):
+    """Give a CLIPTextConfig the tokenizer's end-of-text id. Raises UserError where the tokenizer does not fit it."""
+    if (ids := tokenizer.backend.get_vocab_size()) > config.vocab_size:
+        raise UserError(f"{source}: expected at most {config.vocab_size} tokens in the tokenizer, as in the text "
+                        f"encoder, got {ids}")
+    if (length := tokenizer.max_length) > config.max_position_embeddings:
+        raise UserError(f"{source}: expected a tokenizer length of at most {config.max_position_embeddings}, the text "
+                        f"encoder's max_position_embeddings, got {length}")
+    config.eos_token_id = tokenizer.eos_token_id  # published files have a wrong one in config.json

@@ -1,0 +1,94 @@
+"""Weight files beside a single plain one: shards, variants, .bin pickles, and parameter names of older versions."""
+
+import re
+import warnings
+import zipfile
+
+import torch
+
+from common import UserError
+from vae import VAE
+
+WEIGHT_FILE = re.compile(  # with the two places that versions of diffusers gave a shard's variant
+    r"(?:diffusion_pytorch_model|pytorch_model|model)"
+    r"(?:\.(?P<variant>\w+))?(?:-\d+-of-(?P<shards>\d+))?(?:\.(?P<late_variant>\w+))?"
+    r"\.(?P<format>safetensors|bin)"
+)
+VAE_ATTENTION_NAMES = [  # q and proj_out in CompVis files, query and proj_attn in diffusers before 0.17
+    (r"(attentions\.0)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.0)\.([qkv])(uery|ey|alue)?\.", r"\1.to_\2."),
+    (r"(attentions\.0)\.proj_(out|attn)\.", r"\1.to_out.0."),
+]
+
+
+def weight_files(names, dtype, where):
+    """Of a folder's files, those that make up one network: a single one, or all its shards.
+
+    Order of preference: safetensors before bin; for float16 the fp16 variant before the full one, else the full one
+    before fp16; other variants (non_ema) last.
+    """
+    found = {}
+    for name in names:
+        if match := WEIGHT_FILE.fullmatch(name):
+            variant = match["variant"] or match["late_variant"] or "full"
+            found.setdefault((match["format"], variant, int(match["shards"] or 1)), []).append(name)
+    if not found:
+        raise UserError(f"{where}: expected weights (.safetensors or .bin), got {', '.join(names[:5]) or 'no files'}")
+    order = ["fp16", "full"] if dtype == torch.float16 else ["full", "fp16"]
+    best = min(found, key=lambda key: (key[0] == "bin", (order + [key[1]]).index(key[1]), key[2]))
+    if len(found[best]) != best[2]:
+        raise UserError(f"{where}: expected {best[2]} shards like {found[best][0]}, got {len(found[best])}")
+    return found[best]
+
+
+class ModelCheckpoint:
+    """Stands for pytorch_lightning's class of this name, which SD 1.x's .ckpt files mention. Does nothing."""
+
+
+def read_pickle(path):
+    """A .ckpt or .bin file -> {name: memory-mapped tensor}. No code in the file is executed."""
+    stub = (ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+    try:
+        with torch.serialization.safe_globals([stub]), warnings.catch_warnings(action="ignore"):
+            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        while "state_dict" in tensors:  # twice in some files
+            tensors = tensors["state_dict"]
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    except Exception as error:  # a damaged pickle can raise anything
+        # torch's own message advises to allow all code. What it refused is the error's context.
+        raise UserError(f"{path}: expected a file of tensors, got {error.__context__ or error!r}") from error
+
+
+def match_names(tensors, expected, network, where):
+    """Rename the parameters of older versions -> {name: tensor} with the names and shapes of `expected`.
+
+    Empties `tensors`. Raises UserError where one is missing, left over or of another shape.
+    """
+    matched = {}
+    for name in [*tensors]:
+        tensor = tensors.pop(name)
+        if name.endswith("embeddings.position_ids"):  # the numbers 0, 1, 2, …, no weights
+            continue
+        new = modern_name(name, expected)
+        if network is VAE and new in expected and expected[new].ndim == 2 and tensor.ndim > 2:
+            tensor = tensor.flatten(1)  # a 1×1 convolution (C, C, 1, 1)
+        matched[name if new in matched or new in tensors else new] = tensor
+    wrong = {
+        "missing": [name for name in expected if name not in matched],
+        "unexpected": [name for name in matched if name not in expected],
+        "of another shape": [f"{name} {tuple(matched[name].shape)} for {tuple(t.shape)}"
+                             for name, t in expected.items() if name in matched and matched[name].shape != t.shape],
+    }
+    if any(wrong.values()):
+        got = "; ".join(f"{len(some)} {how}: {', '.join(some[:3])}" for how, some in wrong.items() if some)
+        raise UserError(f"{where}: expected the {len(expected)} tensors of a {network.__name__}, got {got}")
+    return matched
+
+
+def modern_name(name, expected):
+    """The name in `expected` that an old parameter name stands for; the old name itself if there is none."""
+    vae_name = name
+    for pattern, replacement in VAE_ATTENTION_NAMES:
+        vae_name = re.sub(pattern, replacement, vae_name)
+    return next((new for new in (name, f"text_model.{name}", vae_name) if new in expected), name)

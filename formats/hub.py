@@ -1,0 +1,69 @@
+"""Checkpoints by name: `owner/name`, or `owner/name:folder`, of the Hugging Face hub. Fetches only what is loaded."""
+
+import re
+import warnings
+from pathlib import Path
+
+from common import UserError
+from formats.checks import check_sd_files, text_encoder_prefix, under
+from formats.files import weight_files
+from weights import local
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w./-]+)?")
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+
+
+def locate(source, choose, markers):
+    """A local path or a hub name -> a local Path.
+
+    choose: the files of a repository -> those to fetch. markers: a cached copy holds one of these files.
+    """
+    return local(source) or fetch(str(source), choose, markers)
+
+
+def fetch(source, choose, markers):
+    """A hub name -> the Path of its folder in the cache, up to date if the hub can be reached. Raises UserError."""
+    if not HUB_NAME.fullmatch(source) or source.endswith(FILE_SUFFIXES):
+        raise UserError(f"{source}: expected a file, a folder or a hub name (owner/name), got nothing there")
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache  # slow to import
+
+    repository, _, folder = source.partition(":")
+    prefix = folder.strip("/") + "/" if folder else ""
+    try:
+        names = under(prefix, [file.rfilename for file in HfApi().model_info(repository).siblings])
+        return Path(snapshot_download(repository, allow_patterns=[prefix + name for name in choose(names)]), prefix)
+    except UserError:
+        raise
+    except Exception as error:  # the classes of connection errors change with huggingface_hub's HTTP library
+        if type(error).__name__ == "HFValidationError":
+            raise UserError(f"{source}: expected a file, a folder or a hub name, got none: {error}") from error
+        for marker in markers:
+            if isinstance(cached := try_to_load_from_cache(repository, prefix + marker), str):
+                warnings.warn(f"{source}: using the cached copy, the hub gave {type(error).__name__}")
+                return Path(cached.removesuffix(marker))
+        raise UserError(f"{source}: expected a local path or a repository of the hub, got neither "
+                        f"({type(error).__name__}: {error})") from error
+
+
+def fetch_sd(source, dtypes):
+    """A Stable Diffusion: every network once, and no safety checker. dtypes: of the networks, by name."""
+
+    def choose(names):
+        check_sd_files(names, source)
+        files = [name for name in names if name.startswith(("tokenizer/", "scheduler/"))]
+        for network, dtype in dtypes.items():
+            weights = weight_files(under(f"{network}/", names), dtype, f"{source} {network}/")
+            files += [f"{network}/{name}" for name in ["config.json", *weights]]
+        return files
+
+    return fetch(str(source), choose, ["unet/config.json"])
+
+
+def fetch_text_encoder(source, dtype):
+    """A text encoder, or the one in a value_encoder/."""
+
+    def choose(names):
+        prefix = text_encoder_prefix(names, source)
+        return [prefix + name for name in ["config.json", *weight_files(under(prefix, names), dtype, source)]]
+
+    return fetch(str(source), choose, ["config.json", "value_encoder/config.json"])

@@ -1,0 +1,227 @@
+"""A training run on disk and over processes: its settings, checkpoint, log, sample sheets, signals and torchrun.
+
+None of it is the method (livo.py, train.py). A checkpoint needs no random state: the data and the noise of a step follow
+from its number.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tomllib
+import warnings
+from dataclasses import field, fields
+from datetime import timedelta
+from math import inf
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common import UserError, atomic, check_writable, number, read_json, write_json
+from retrieve import retrieve
+from sample import captioned, generate
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of the sample sheets
+
+# ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def setting(default, text, low=0.0, high=inf):
+    """A field of the dataclass of settings, with the help and the limits of its option."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
+def add_options(parser, cls, preset):
+    """An option for each setting of the dataclass. The help tells the preset's value too."""
+    for option in (option for option in fields(cls) if option.metadata):
+        kind, limits = type(option.default), (option.metadata["low"], option.metadata["high"])
+        tiny = f" (tiny-sd: {preset[option.name]})" if option.name in preset else ""
+        parser.add_argument("--" + option.name.replace("_", "-"), default=option.default, help=option.metadata["help"] + tiny,
+                            type=kind if kind is str else number(kind, *limits))
+
+
+def load_preset(weights):
+    """The settings that come with a checkpoint, livo.toml in its folder: {name: value}, empty without one."""
+    file = Path(weights) / "livo.toml"
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: expected settings in TOML, got: {error}") from error
+
+
+def parse_settings(parser, cls, argv):
+    """-> parsed arguments, settings, the run's folder.
+
+    Options win over the settings of a resumed run, and over those that come with the weights.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.resume and args.out:
+        raise UserError("--resume and --out: expected one of them, as a resumed run stays in its folder, got both")
+    folder = args.resume or args.out or Path("runs/livo")
+    if args.resume:
+        file = folder / "settings.json"
+        if not file.exists():
+            raise UserError(f"--resume {folder}: expected the folder of a run, got no settings.json")
+        values = read_json(file)
+    else:
+        check_new(folder)
+        file, values = f"{args.weights}/livo.toml", load_preset(args.weights)
+    try:  # as if they had been typed before the others: checked alike, and overruled by them
+        typed = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value != ""]
+        args = parser.parse_args([*typed, *argv])
+    except UserError as error:
+        raise UserError(f"{file}: expected options of train.py, got: {error}") from error
+    s = cls(**{option.name: getattr(args, option.name) or option.default for option in fields(cls)})
+    if not s.data:
+        raise UserError(f"--weights {s.weights}: expected --data too, preference data for it, got none")
+    for name in ("weights", "tokenizer", "init", "data"):  # --resume may be called from another folder
+        if getattr(s, name) and (path := Path(getattr(s, name))).exists():
+            setattr(s, name, str(path.resolve()))
+    return args, s, folder
+
+
+def check_new(folder):
+    check_writable(folder)
+    if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
+        raise UserError(f"{folder}: expected a new folder, got one with files in it; "
+                        f"resume with --resume {folder}, or choose another --out")
+
+
+def save_settings(folder, s):
+    with atomic(folder / "settings.json") as path:
+        write_json(path, vars(s))
+
+
+# ── Checkpoint, log, sample sheets ───────────────────────────────────────────────────────────────────────────────────
+
+
+def save_checkpoint(folder, value_encoder, optimizer, step, data_key):
+    with atomic(folder / "checkpoint.pt") as path, open(path, "wb") as file:  # a file, as torch hides a full disk
+        torch.save({"value_encoder": value_encoder.state_dict(), "optimizer": optimizer.state_dict(),
+                    "step": step, "data": data_key}, file)
+
+
+def resume(folder, value_encoder, optimizer, data_key):
+    """Load the folder's checkpoint, if any -> the number of steps done.
+
+    Raises UserError if it is damaged, or of other data or weights.
+    """
+    file = folder / "checkpoint.pt"
+    for leftover in folder.glob(".checkpoint.pt.*"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    if not file.exists():
+        return 0
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        value_encoder.load_state_dict(state["value_encoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, before = state["step"], state["data"]
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{file}: expected a checkpoint of such a value encoder, got {error!r}") from error
+    if before != data_key:
+        raise UserError(f"{file}: expected the data, the weights and their dtype that the run began with, got others")
+    return step
+
+
+class Log:
+    """log.jsonl, one line a step. On resuming it is cut to the steps of the checkpoint."""
+
+    def __init__(self, folder, steps, tensorboard=False):
+        path = folder / "log.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
+            self.lines = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise UserError(f"{path}: expected a JSON object on each of the first {steps} lines, got {error}") from error
+        with atomic(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # line by line
+        self.board = tensorboard and self.summary_writer(folder / "tensorboard", purge_step=steps)
+
+    @staticmethod
+    def summary_writer(folder, **options):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--tensorboard: expected the package tensorboard, got none (pip install)") from error
+        return SummaryWriter(folder, **options)
+
+    def add(self, line):
+        self.lines.append(line)
+        self.file.write(json.dumps(line) + "\n")
+        for key, value in line.items() if self.board else ():
+            self.board.add_scalar(key, value, line["step"])
+
+
+def warn_if_saturated(lines, s):
+    """Warn if most hinges are saturated although the errors have hardly changed: the margins may be too small."""
+    mean = {key: sum(line[key] for line in lines) / len(lines) for key in lines[0]}
+    delta = max(abs(mean["delta_w"]), abs(mean["delta_l"]))
+    if s.alpha and s.beta and max(mean["active_w"], mean["active_l"]) < 0.2 and delta < 0.05 * mean["ref"]:
+        warnings.warn("most hinges are saturated, yet the errors have changed by less than 5 %: the margins "
+                      f"γ1/β = {s.gamma1 / s.beta:.1g} and γ2/α = {s.gamma2 / s.alpha:.1g} may be too small "
+                      "for this model; if the images have not changed either, try "
+                      f"--gamma1 {0.5 * mean['ref'] * s.beta:.1g} --gamma2 {0.5 * mean['ref'] * s.alpha:.1g}")
+
+
+def save_samples(sd, value_encoder, dataset, path, n=6):
+    """Write a sheet: for each principle n images of one prompt, base model above, LiVO below, from the same noise."""
+    prompts, rows = {}, []
+    for sample, _ in dataset.aligned:
+        prompts.setdefault(sample.value, []).append(sample.prompt)
+    for principle, choices in prompts.items():
+        apt = [prompt for prompt in choices if principle in retrieve(prompt)]
+        prompt = random.Random(principle).choice(apt or choices)
+        base, livo = ([image for _, image, _ in generate(sd, prompt, "", principles, value_encoder, range(n), fraction=1,
+                                                         **SAMPLING)] for principles in ([], [principle]))
+        rows += [("without a principle", base), (f"{principle}: {prompt}", livo)]
+    with atomic(path) as temporary:
+        captioned(rows).save(temporary)
+
+
+# ── Signals and processes ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """Yield a list that gets the number of a SIGINT or SIGTERM. A second Ctrl-C ends the process at once."""
+    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
+
+    def note(which, _):
+        caught.append(which)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # but SIGTERM often comes twice, as from `timeout`
+
+    before = {kind: signal.signal(kind, note) for kind in kinds}
+    try:
+        yield caught
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def join_processes(device):
+    """Under torchrun: join the other processes. They wait while one of them encodes the data."""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+
+
+def sum_over_processes(*tensors):
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
+
+
+@contextlib.contextmanager
+def one_first():
+    """The first process of each machine passes the block before the others, and fills the cache."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        warnings.simplefilter("ignore")  # the first one has warned
+        dist.barrier()
+    yield
+    if first and dist.is_initialized():
+        dist.barrier()
