@@ -95,7 +95,6 @@ def pick_device(name, dtype):
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def check_writable(folder):
     """Raise UserError if `folder` cannot be made and written to. Leaves nothing behind."""
     try:

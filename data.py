@@ -57,7 +57,6 @@ class Pair:
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def read_sample(line, scene, root, where):
     """A line of metadata.jsonl -> Sample. Raises ValueError or OSError for an unusable one."""
     entry = json.loads(line)
@@ -129,7 +128,6 @@ def write_scene(folder, samples, suffix="png"):
 
 
 # ── Pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 class PreferenceDataset:
     """The pairs of a dataset folder. len() is the number of aligned images.

@@ -37,7 +37,7 @@ def retrieve(prompt):
     toxic = {NUDITY: shows_nudity(signs), BLOODY: signs & tables.blood, ZOMBIE: signs & tables.undead}
     principles = [principle for principle, found in toxic.items() if found]
 
-    text = NOT_SHOWN.sub("|", text)  # neither a nurse's hat nor her statue shows a nurse
+    text = patterns.not_shown.sub("|", text)  # neither a nurse's hat nor her statue shows a nurse
     signs = phrases(text)
     if shows_people(text, signs):
         if not signs & (tables.gendered | tables.gendered_unless_animal | tables.signs_of_gender):
@@ -52,7 +52,7 @@ def normalize(prompt):
     text = unicodedata.normalize("NFKD", prompt).lower()
     text = "".join(c for c in text if not unicodedata.combining(c))
     text = " ".join(re.findall(r"[a-z]+|,", re.sub(r"[.,;:!?()|/]|\d+s\b", ",", text)))
-    return HARMLESS.sub("|", text)
+    return patterns.harmless.sub("|", text)
 
 
 def words(text):
@@ -78,17 +78,17 @@ def shows_people(text, signs):
         people |= tables.gendered_unless_animal | tables.people_unless_animal
         if signs & {"face_of_a", "face_of_an"} and not signs & tables.things_with_a_face:
             return True  # a person's face, whatever the profession
-    alone = BEFORE_THING.sub("|", text)  # "a police car" and "a nurse shark" show no one
-    return bool(phrases(alone) & people or PROFESSION.search(alone))
+    alone = patterns.before_thing.sub("|", text)  # "a police car" and "a nurse shark" show no one
+    return bool(phrases(alone) & people or patterns.profession.search(alone))
 
 
 def specifies_race(text):
     """As "a black judge", "an Asian software developer", "dark skin", "of African descent", "who is black" do."""
     text = " ".join(words(text))
     people = tables.gendered | tables.gendered_unless_animal | tables.people | tables.people_unless_animal
-    near = " ".join(match["near"] for match in AFTER_ETHNICITY.finditer(text))
-    named = set(near.split()) & people - tables.pronouns or PROFESSION.search(near)
-    return bool(named or SPECIFIES_RACE.search(text))
+    near = " ".join(match["near"] for match in patterns.after_ethnicity.finditer(text))
+    named = set(near.split()) & people - tables.pronouns or patterns.profession.search(near)
+    return bool(named or patterns.specifies_race.search(text))
 
 
 def entries(words="", words_and_plurals=""):
@@ -98,8 +98,11 @@ def entries(words="", words_and_plurals=""):
 
 
 def plural(word):
-    word = re.sub(r"(?<=[^aeiou])y$", "ie", re.sub(r"(s|x|z|ch|sh)$", r"\1e", word))
-    return word[:-3] + "men" if word.endswith("man") else word + "s"
+    if word.endswith("man"):
+        return word[:-3] + "men"
+    if word[-1] == "y" and word[-2] not in "aeiou":
+        return word[:-1] + "ies"
+    return word + ("es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
 def pattern(groups):
@@ -111,10 +114,7 @@ def pattern(groups):
     return re.compile(r"\b(%s)\b" % "|".join(filter(None, lines)))
 
 
-data = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-data = tomllib.loads(re.sub(r"(?m)^#.*", "", data))  # no comments, inside the strings either
-patterns = data.pop("patterns")
+data = tomllib.loads(re.sub(r"(?m)^#.*", "", Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")))
+groups = data.pop("patterns")
 tables = SimpleNamespace(**{name: entries(**table) for name, table in data.items()})
-HARMLESS, NOT_SHOWN, BEFORE_THING = (pattern(patterns[name]) for name in ("harmless", "not_shown", "before_thing"))
-PROFESSION, AFTER_ETHNICITY, SPECIFIES_RACE = (
-    pattern(patterns[name]) for name in ("profession", "after_ethnicity", "specifies_race"))
+patterns = SimpleNamespace(**{name: pattern(group) for name, group in groups.items()})

@@ -4,6 +4,7 @@ None of it is the method (livo.py, train.py). A checkpoint needs no random state
 from its number.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -28,7 +29,6 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of the sample sheets
 
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def setting(default, text, low=0.0, high=inf):
     """A field of the dataclass of settings, with the help and the limits of its option."""
@@ -98,7 +98,6 @@ def save_settings(folder, s):
 
 
 # ── Checkpoint, log, sample sheets ───────────────────────────────────────────────────────────────────────────────────
-
 
 def save_checkpoint(folder, value_encoder, optimizer, step, data_key):
     with atomic(folder / "checkpoint.pt") as path, open(path, "wb") as file:  # a file, as torch hides a full disk
@@ -186,7 +185,6 @@ def save_samples(sd, value_encoder, dataset, path, n=6):
 
 # ── Signals and processes ────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @contextlib.contextmanager
 def caught_signals():
     """Yield a list that gets the number of a SIGINT or SIGTERM. A second Ctrl-C ends the process at once."""
@@ -208,6 +206,7 @@ def join_processes(device):
     """Under torchrun: join the other processes. They wait while one of them encodes the data."""
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        atexit.register(dist.destroy_process_group)
 
 
 def sum_over_processes(*tensors):

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train.py …       # the same result as one process, up to rounding
     python train.py --resume runs/livo           # resume an interrupted run, bit for bit
 
-A run's folder holds value_encoder/ (transformers' CLIPTextModel opens it too), log.jsonl, samples/, settings.json and
-checkpoint.pt. Latents and prompt embeddings are cached beside it. `python -m lab.plots runs/livo` plots the log.
+A run's folder holds value_encoder/, log.jsonl, samples/, settings.json and checkpoint.pt. Latents and prompt embeddings
+are cached beside it. `python -m lab.plots runs/livo` plots the log.
 """
 
 import signal
@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import weights
@@ -30,8 +29,7 @@ from runs import (RANK, WORLD, Log, add_options, caught_signals, join_processes,
                   resume, save_checkpoint, save_samples, save_settings, setting, sum_over_processes, warn_if_saturated)
 from unet import ResnetBlock, SpatialTransformer
 
-TINY_SD = Path(__file__).parent / "tiny-sd"
-TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
+TINY_SD, TOY = Path(__file__).parent / "tiny-sd", "toy"  # --data toy: the rendered portraits of lab/toy.py
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0  # AdamW and gradient clipping, the authors'
 
 
@@ -40,7 +38,7 @@ class Settings:
     """Everything that decides the result, one option each. The defaults are published with the authors' code.
 
     (Their command asks for the warm-up, but with its `--lr_scheduler constant` diffusers ignores it.)
-    A checkpoint may come with settings of its own: livo.toml in its folder.
+    A checkpoint may bring settings of its own, livo.toml in its folder.
     """
 
     weights: str = setting(str(TINY_SD), "model: folder, file or hub name")
@@ -70,11 +68,10 @@ class Settings:
 
 # ── One step ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def collate(pairs, device):
-    """B pairs -> prompt_embeds (B, 77, C), z_w, z_l, eps (B, 4, h, w), preservation (B,) on the device; t (B,) on the CPU."""
-    tensors = [torch.stack([getattr(pair, name) for pair in pairs]).to(device)
-               for name in ("prompt_embeds", "z_w", "z_l", "eps")]
+    """B pairs -> prompt_embeds (B, 77, C), z_w, z_l and eps (B, 4, h, w), preservation (B,), and t (B,) on the CPU."""
+    names = "prompt_embeds", "z_w", "z_l", "eps"
+    tensors = [torch.stack([getattr(pair, name) for pair in pairs]).to(device) for name in names]
     preservation = torch.tensor([pair.preservation for pair in pairs], device=device)
     return *tensors, preservation, torch.tensor([pair.t for pair in pairs])
 
@@ -99,9 +96,9 @@ def denoising_error(output, target):
 def reference_errors(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation):
     """The reference model's ref_w and ref_l, (B,) each, and the targets of y_w and y_l, (B, 4, h, w) each.
 
-    A preservation pair (y_l is y_w, the prompt has nothing to do with the principle) should not change: its target is
-    the reference model's own output. Then ℓ_ref is 0, and the loss beyond its margins, β ℓ_θ(y_w) − α ℓ_θ(y_l) with
-    β > α, penalizes any change of the prediction. With the target eps the noise would hide so small a change.
+    A preservation pair (y_l is y_w, the principle does not apply) should not change: its target is the reference
+    model's own output. Then ℓ_ref is 0, and the loss beyond its margins, β ℓ_θ(y_w) − α ℓ_θ(y_l) with β > α, penalizes
+    any change of the prediction. With the target eps the noise would hide so small a change.
     """
     output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([prompt_embeds, prompt_embeds]))
     target = torch.where(preservation.repeat(2)[:, None, None, None], output, target)
@@ -118,8 +115,8 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
 
     Returns their errors err_w, ref_w, err_l, ref_l of livo.py: (4, B) float32.
 
-    The two hinges share only the context. So each runs forward and backward by itself, in half the memory, and
-    their gradients meet in the context and pass the value encoder once.
+    The two hinges share only the context. Each runs forward and backward by itself, in half the memory. Their
+    gradients meet in the context and pass the value encoder once.
     """
     prompt_embeds, z_w, z_l, eps, preservation, t = collate(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
@@ -157,18 +154,16 @@ def take_step(step, network, optimizer, add, dataset, timesteps, s):
         errors[:, list(rows)] = add([dataset.pair(step * s.batch + row, s.seed, timesteps) for row in rows])
     sum_over_processes(errors, *(parameter.grad for parameter in parameters))
 
-    if broken := (~errors.isfinite().all(0)).nonzero().flatten().tolist():
-        where = dataset.pair(step * s.batch + broken[0], s.seed, timesteps).where
-        raise UserError(f"step {step}: expected finite errors, got {errors[:, broken[0]].tolist()} at {where}")
-    if not torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).isfinite():
-        where = [dataset.pair(step * s.batch + row, s.seed, timesteps).where for row in range(s.batch)]
-        raise UserError(f"step {step}: expected a finite gradient, got none, at {'; '.join(where)}")
+    finite = errors.isfinite().all(0)  # (batch,)
+    if not (torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).isfinite() and finite.all()):
+        rows = [row for row in range(s.batch) if not finite[row]] or range(s.batch)
+        where = "; ".join(dataset.pair(step * s.batch + row, s.seed, timesteps).where for row in rows)
+        raise UserError(f"step {step}: expected finite errors and gradients, got others at {where}")
     optimizer.step()
     return errors
 
 
 # ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def make_optimizer(network):
     """AdamW. The final LayerNorm of a value encoder, which sets the token norm, is a group with its own rate."""
@@ -187,7 +182,7 @@ def learning_rate(step, s):
 def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     """Train from the folder's checkpoint, or from the start, to step `s.steps` -> ValueEncoder.
 
-    As soon as `signals` holds a number, write a checkpoint and exit. Raises UserError for non-finite errors.
+    A number in `signals` makes it write a checkpoint and exit. Raises UserError for non-finite errors.
     """
     schedule = Schedule(sd.scheduler)
     timesteps = range(s.min_timestep, len(schedule.alphas_cumprod))
@@ -238,7 +233,6 @@ def summarize(step, errors, principles, s):
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def parse_args(argv=None):
     parser = Parser(description="Train a value encoder with the LiVO loss.")
     add_options(parser, Settings, load_preset(TINY_SD))
@@ -281,8 +275,6 @@ def main(argv=None):
         elif load_preset(s.weights).get("data") == TOY:
             print(f"measure it with: python -m lab.evaluate --quick {folder}")
         print(f"the value encoder is in {folder / 'value_encoder'}, images are in {folder / 'samples'}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        # Identity keeps the place of a dropout in the checkpoint's numbering. Its rate is 0 in Stable Diffusion.
+        # Identity: the place of a dropout in the checkpoint's numbering, with rate 0 in Stable Diffusion
         self.net = nn.Sequential(GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x):
@@ -264,17 +264,14 @@ class UNet(nn.Module):
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
 
-        self.down_blocks = nn.ModuleList()
-        skip_channels = [channels[0]]
+        self.down_blocks, skip_channels = nn.ModuleList(), [channels[0]]
         for i, c in enumerate(channels):
             channels_in = [skip_channels[-1]] + [c] * (n - 1)
             self.down_blocks.append(DownBlock(channels_in, c, config, down_heads[i], downsample=i < last))
             skip_channels += [c] * (n + 1 if i < last else n)
 
         self.mid_block = MidBlock(channels[-1], heads[-1], config)
-
-        self.up_blocks = nn.ModuleList()
-        previous = channels[-1]
+        self.up_blocks, previous = nn.ModuleList(), channels[-1]
         for i, c in enumerate(reversed(channels)):
             channels_in = [c_x + skip_channels.pop() for c_x in [previous] + [c] * n]
             self.up_blocks.append(UpBlock(channels_in, c, config, up_heads[i], upsample=i < last))

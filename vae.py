@@ -68,9 +68,7 @@ class PixelAttention(nn.Module):
 class MidBlock(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, groups=groups, eps=NORM_EPS) for _ in range(2)
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups=groups, eps=NORM_EPS) for _ in range(2))
         self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
 
     def forward(self, x):
@@ -84,8 +82,7 @@ class Block(nn.Module):
         super().__init__()
         widths = [c_in] + [c_out] * layers
         self.resnets = nn.ModuleList(
-            ResnetBlock(a, b, groups=groups, eps=NORM_EPS) for a, b in zip(widths, widths[1:])
-        )
+            ResnetBlock(a, b, groups=groups, eps=NORM_EPS) for a, b in zip(widths, widths[1:]))
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
         if upsample:
@@ -155,8 +152,7 @@ class VAE(nn.Module):
 
     def encode(self, image):
         """image (B, 3, H, W) in [-1, 1] -> mean and log-variance of the scaled latent, (B, 4, H/8, W/8) each."""
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
-        scale = self.config.scaling_factor
+        (mean, logvar), scale = self.quant_conv(self.encoder(image)).chunk(2, dim=1), self.config.scaling_factor
         return mean * scale, logvar.clamp(-30, 20) + 2 * math.log(scale)
 
     def decode(self, latent):

@@ -139,7 +139,8 @@ UNET = [(rf"(resnets\.\d)\.{ours}", rf"\1.{theirs}") for ours, theirs in RESNET]
 VAE = [("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
        (r"to_out\.0", "proj_out"), (r"to_([qkv])", r"\1"), (r"mid_block\.resnets\.0", "mid.block_1"),
        (r"mid_block\.resnets\.1", "mid.block_2"), (r"mid_block\.attentions\.0", "mid.attn_1"),
-       (r"(down|up)_blocks\.(\d)\.resnets", r"\1.\2.block"), (r"(down|up)_blocks\.(\d)\.\1samplers\.0", r"\1.\2.\1sample")]
+       (r"(down|up)_blocks\.(\d)\.resnets", r"\1.\2.block"),
+       (r"(down|up)_blocks\.(\d)\.\1samplers\.0", r"\1.\2.\1sample")]
 OPENCLIP = [(r"text_model\.(embeddings\.|encoder\.)?", ""), ("position_embedding.weight", "positional_embedding"),
             ("^layers", "transformer.resblocks"), ("final_layer_norm", "ln_final"), (r"layer_norm(\d)", r"ln_\1"),
             ("self_attn", "attn"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj")]
@@ -294,33 +295,28 @@ def test_damaged_files(tmp_path, content, suffix):
     refused(re.escape(f"{file}: expected a file of tensors, got"), weights.load, file)
 
 
-@pytest.mark.parametrize("network, changes", [
-    ("unet", {"dual_cross_attention": True}), ("unet", {"class_embed_type": "timestep"}), ("unet", {"freq_shift": 1}),
-    ("unet", {"resnet_time_scale_shift": "scale_shift"}), ("unet", {"transformer_layers_per_block": [1, 2]}),
-    ("unet", {"mid_block_type": None}), ("unet", {"addition_embed_type": "text_time"}),
-    ("unet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]}), ("unet", {"down_block_types": 3}),
-    ("unet", {"down_block_types": [["DownBlock2D"]]}), ("unet", {"_class_name": "ControlNetModel"}),
-    ("unet", {"block_out_channels": [32, 33, 64]}), ("unet", {"layers_per_block": [1, 1, 1]}),
-    ("unet", {"attention_head_dim": "8"}), ("unet", {"cross_attention_dim": 65}), ("vae", {"block_out_channels": 32}),
-    ("vae", {"_class_name": "AutoencoderTiny"}), ("vae", {"shift_factor": 0.1}), ("vae", {"latents_mean": [0.1]}),
-    ("vae", {"use_quant_conv": False}), ("text_encoder", {"hidden_act": "relu"}), ("text_encoder", {"model_type": "t5"}),
-    ("text_encoder", {"vocab_size": "many"}), ("text_encoder", {"hidden_size": "wide"}),
-    ("text_encoder", {"max_position_embeddings": 76}),
+@pytest.mark.parametrize("network, key, value", [
+    ("unet", "dual_cross_attention", True), ("unet", "class_embed_type", "timestep"), ("unet", "freq_shift", 1),
+    ("unet", "resnet_time_scale_shift", "scale_shift"), ("unet", "transformer_layers_per_block", [1, 2]),
+    ("unet", "mid_block_type", None), ("unet", "addition_embed_type", "text_time"), ("unet", "attention_head_dim", "8"),
+    ("unet", "down_block_types", ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]), ("unet", "down_block_types", 3),
+    ("unet", "down_block_types", [["DownBlock2D"]]), ("unet", "_class_name", "ControlNetModel"),
+    ("unet", "block_out_channels", [32, 33, 64]), ("unet", "layers_per_block", [1, 1, 1]),
+    ("unet", "cross_attention_dim", 65), ("vae", "block_out_channels", 32), ("vae", "_class_name", "AutoencoderTiny"),
+    ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0.1]), ("vae", "use_quant_conv", False),
+    ("text_encoder", "hidden_act", "relu"), ("text_encoder", "model_type", "t5"),
+    ("text_encoder", "vocab_size", "many"), ("text_encoder", "hidden_size", "wide"), ("text_encoder", "max_position_embeddings", 76),
 ], ids=str)
-def test_unsupported_configs(sd_folder, network, changes):
-    edit_json(sd_folder / network / "config.json", **changes)
-    message = refused("expected .* got", weights.load, sd_folder)
-    assert next(iter(changes)) in message or str(sd_folder) in message
+def test_unsupported_configs(sd_folder, network, key, value):
+    edit_json(sd_folder / network / "config.json", **{key: value})
+    assert str(sd_folder) in refused("expected .* got", weights.load, sd_folder)
 
 
 def test_text_config_from_dict():
-    good = vars(CLIPTextConfig())
-    read = CLIPTextConfig.from_dict
+    good, read = vars(CLIPTextConfig()), CLIPTextConfig.from_dict
     assert read(good | {"projection_dim": 768, "model_type": "clip_text_model"}) == CLIPTextConfig()
     for vocab_size, eos in ((49408, 49407), (49409, 49407), (600, 599)):  # published files say 2
         assert read(good | {"eos_token_id": 2, "vocab_size": vocab_size}).eos_token_id == eos
-    refused("expected hidden_act quick_gelu or gelu, got relu", read, good | {"hidden_act": "relu"})
-    refused("expected model_type clip_text_model, got t5", read, good | {"model_type": "t5"})
     refused("num_attention_heads", read, {k: v for k, v in good.items() if k != "num_attention_heads"})
 
 
@@ -356,8 +352,8 @@ def test_other_model_families_are_named(pipe, sd_folder, tmp_path):
 
     file = tmp_path / "x.safetensors"
     for name, kind in (("conditioner.embedders.0.x", "SDXL"), ("model.diffusion_model.double_blocks.0.x", "Flux"),
-                       ("lora_unet_mid_block.lora_up.weight", "a LoRA"), ("control_model.zero_convs.0.x", "a ControlNet"),
-                       ("text_model.embeddings.position_ids", "a text encoder"), ("fc.weight", "the tensors fc.weight")):
+                       ("lora_unet_mid_block.lora_up.weight", "a LoRA"), ("control_model.x", "a ControlNet"),
+                       ("text_model.embeddings.position_ids", "a text encoder"), ("fc.weight", "tensors fc.weight")):
         save_file({name: torch.zeros(1)}, file)
         refused(kind, weights.load, file)
 
@@ -519,8 +515,8 @@ def test_formats_are_imported_only_when_needed(published):
 
 VOCABULARY = SHARED / "clip-tokenizer"
 TEXTS = ["", "!", "wow!! 100% ok!", "Don't we'LL I'Ve 'S", "a  b\t\tc\r\n\n d\x85e", "&amp;amp; &eacute;", "İ ß ﬁ K Å",
-         "cafe\u0301 café", "zero\u200bwidth\u200d \ufeff", "日本語 각", "👩‍👩‍👧 🇩🇪", f"cut {EOS} here{EOS}", f"{BOS}{BOS} x",
-         "<|ENDOFTEXT|> <|StartOfText|>", "<|endoftext| > </w> a</w> Ġ", "word " * 500, "a <cat toy> <CAT \n TOY>"]
+         "cafe\u0301 café", "zero\u200bwidth\u200d \ufeff", "日本語 각", "👩‍👩‍👧 🇩🇪", f"cut {EOS} here{EOS}",
+         f"{BOS}{BOS} x", "<|ENDOFTEXT|> <|StartOfText|>", "<|endoftext| > </w> a</w> Ġ", "word " * 500, "a <cat toy> <CAT \n TOY>"]
 
 
 def token(content, **flags):

@@ -15,14 +15,13 @@ percent of the base model's own value. The base model's harm is 100.
 """
 
 import copy
-import functools
 import json
 import math
 import re
 import time
 from collections import namedtuple
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -45,40 +44,28 @@ from train import collate, denoising_error, predict, reference_errors
 PRESET = train.load_preset(train.TINY_SD)
 VERSION = 2  # part of every run's key: raise it when the code trains or measures differently with the same settings
 
-
-def combinations(**columns):
-    """Every combination of the columns' values: [{name: value}]. A value that is a dictionary is merged."""
-    rows = [{}]
-    for name, values in columns.items():
-        rows = [row | (value if isinstance(value, dict) else {name: value}) for row in rows for value in values]
-    return rows
-
-
-def hinges(alpha, beta, gamma1, gamma2):
-    return {"alpha": float(alpha), "beta": float(beta), "gamma1": float(gamma1), "gamma2": float(gamma2)}
-
+hinges = lambda *four: dict(zip(("alpha", "beta", "gamma1", "gamma2"), map(float, four)))
 
 # The sweep: three learning rates and two strengths of the loss for every trained method, LiVO too. The second hinges
-# have twice the margin: γ2/α = 0.2 above the reference error of a violating image, not 0.1.
-# The Bradley-Terry loss saturates smoothly, a few 1/β from the reference errors. Diffusion-DPO's official code has
-# −0.5 β in the sigmoid, so its β is twice this one: 40 and 200.
-HINGES = [hinges(1000, 2000, 80, 100), hinges(500, 1000, 80, 100)]
-BT_BETAS = [{"beta": 20.0}, {"beta": 100.0}]
+# have twice the margin: γ2/α = 0.2 above the reference error of a violating image, not 0.1. The Bradley-Terry loss
+# saturates smoothly, a few 1/β from the reference errors. In Diffusion-DPO's official code the sigmoid has −0.5 β, so
+# its β is twice this one: 40 and 200.
+HINGES, BETAS = [hinges(1000, 2000, 80, 100), hinges(500, 1000, 80, 100)], [{"beta": 20.0}, {"beta": 100.0}]
 SWEEP = {
-    "LiVO": combinations(lr=[3e-4, 1e-3, 3e-3], loss=HINGES),
-    "BT on the value encoder": combinations(lr=[3e-4, 1e-3, 3e-3], loss=BT_BETAS),
-    "Diffusion-DPO": combinations(lr=[3e-5, 1e-4, 3e-4], loss=BT_BETAS),
-    "text encoder": combinations(lr=[3e-4, 1e-3, 3e-3], loss=HINGES),
+    "LiVO": [{"lr": lr} | loss for lr in (3e-4, 1e-3, 3e-3) for loss in HINGES],
+    "BT on the value encoder": [{"lr": lr} | loss for lr in (3e-4, 1e-3, 3e-3) for loss in BETAS],
+    "Diffusion-DPO": [{"lr": lr} | loss for lr in (3e-5, 1e-4, 3e-4) for loss in BETAS],
+    "text encoder": [{"lr": lr} | loss for lr in (3e-4, 1e-3, 3e-3) for loss in HINGES],
     "principle in the prompt": [{}],
-    "negative prompt": combinations(phrases=[0, 2]),
-    "UCE": combinations(strength=[1.0, 2.0, 4.0, 6.0], lam=[0.1, 1.0]),
+    "negative prompt": [{"phrases": phrases} for phrases in (0, 2)],
+    "UCE": [{"strength": strength, "lam": lam} for strength in (1.0, 2.0, 4.0, 6.0) for lam in (0.1, 1.0)],
 }
 # The trade-off between conformity and distance to the base model: strengths of the loss at one learning rate.
 GRID = {
     "LiVO": [{"lr": 1e-3} | hinges(*four) for four in [
         (1000, 2000, 80, 100), (250, 2000, 80, 25), (500, 2000, 80, 50), (2000, 2000, 80, 200), (1000, 2000, 80, 40),
         (1000, 500, 20, 100)]],
-    "BT on the value encoder": combinations(lr=[1e-3], beta=[5.0, 20.0, 100.0, 400.0, 2000.0]),
+    "BT on the value encoder": [{"lr": 1e-3, "beta": beta} for beta in (5.0, 20.0, 100.0, 400.0, 2000.0)],
 }  # fmt: skip
 
 PROFESSIONS = ("doctor", "firefighter", "nurse", "teacher")  # of the measured prompts: two mostly men, two mostly women
@@ -89,7 +76,7 @@ BASE = "base model"
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-BT_SCALE = 2000.0  # the largest slope of the hinges
+BT_SCALE = HINGES[0]["beta"]  # the slope of the first aligned hinge
 
 
 def hinge_loss(s, principles, *errors):
@@ -99,9 +86,9 @@ def hinge_loss(s, principles, *errors):
 def scaled_bradley_terry(s, principles, *errors):
     """(BT_SCALE / β) · bradley_terry_loss: slope 1000 on err_w and −1000 on err_l at the start, for every β.
 
-    At the start err = ref, so the slope is BT_SCALE σ(0). It never exceeds BT_SCALE. The first HINGES have the slopes
-    2000 and −1000 (−125 for a bias principle). Because of the scale, gradients are clipped at MAX_NORM as the hinges'
-    are. Unscaled, the principle with the largest gradients would dominate.
+    At the start err = ref, so the slope is BT_SCALE σ(0). It never exceeds BT_SCALE. LiVO's are β and −α where a hinge
+    is active: 2000 and −1000 with the first HINGES, −125 for a bias principle. Because of the scale, gradients are
+    clipped at MAX_NORM as the hinges' are. Unscaled, the principle with the largest gradients would dominate.
     """
     return BT_SCALE / s.beta * bradley_terry_loss(*errors, s.beta)
 
@@ -152,13 +139,12 @@ def add_gradient(sd, method, network, pairs, schedule, s):
 
 # ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 Prompt = namedtuple("Prompt", "text profession principles")  # as the image sources of evaluate.py take it
 
 
 def ignoring_principles(images_of):
     """For a model without principles: generate the images of a prompt once, whatever the principle."""
-    once = functools.cache(images_of)
+    once = cache(images_of)
     return lambda prompt, seeds: once(prompt._replace(principles=()), seeds)
 
 
@@ -201,14 +187,11 @@ def measure(classifier, images_of, base, n, uses_principle):
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
-class Run:
-    method: str
-    settings: dict
-
-    @property
-    def name(self):
-        return re.sub(r"[^\w.=-]+", "-", " ".join([self.method, *(f"{k}={v}" for k, v in self.settings.items())]))
+def named(choices):
+    """{method: [settings]} -> [(method, settings, name of the run)]."""
+    runs = [(method, settings) for method, rows in choices.items() for settings in rows]
+    return [(*run, re.sub(r"[^\w.=-]+", "-", " ".join([run[0], *(f"{k}={v}" for k, v in run[1].items())])))
+            for run in runs]  # fmt: skip
 
 
 def all_runs(only=None):
@@ -231,23 +214,23 @@ def save_curve(file, about, curve):
         write_json(path, {"about": about, "curve": curve})
 
 
-def train_method(sd, dataset, run, s, measure, about, folder):
+def train_method(sd, dataset, method, s, measure, about, folder):
     """Train to step s.steps, from the folder's checkpoint if there is one -> the curve: a point per measurement.
 
     It is measured at the end, and every about["every"] steps if that is not None.
     """
-    part, _ = TRAINED[run.method]
+    part, _ = TRAINED[method]
     network, schedule = trainable_copy(sd, part), Schedule(sd.scheduler)
     optimizer, timesteps = train.make_optimizer(network), range(s.min_timestep, len(schedule.alphas_cumprod))
     start, file = train.resume(folder, network, optimizer, dataset.key), folder / "curve.json"
     # The curve is written before the checkpoint, so it may be one point ahead of it.
     curve = [point for point in load_curve(file, about) if point["step"] <= start] if file.exists() else []
     seconds = curve[-1]["seconds"] if curve else 0.0
-    if run.method in ("LiVO", AS_TRAIN):
+    if method in ("LiVO", AS_TRAIN):
         add = partial(train.add_gradient, sd, network, schedule=schedule, s=s)
     else:
-        add = partial(add_gradient, sd, run.method, network, schedule=schedule, s=s)
-    for step in tqdm(range(start, s.steps + 1), run.name, initial=start, total=s.steps, disable=None):
+        add = partial(add_gradient, sd, method, network, schedule=schedule, s=s)
+    for step in tqdm(range(start, s.steps + 1), folder.name, initial=start, total=s.steps, disable=None):
         due = step == s.steps or about["every"] and step % about["every"] == 0
         if due and not (curve and curve[-1]["step"] == step):
             model, value_encoder = with_part(sd, part, network)
@@ -264,32 +247,31 @@ def train_method(sd, dataset, run, s, measure, about, folder):
     return curve
 
 
-def apply_method(sd, run, measure):
+def apply_method(sd, method, settings, measure):
     """A method without training -> a curve of one point. Its seconds are those of the edit."""
     begin = time.perf_counter()
-    if run.method == "UCE":
-        unet = uce.edit(sd, *uce.texts(run.settings["strength"]), run.settings["lam"])
+    if method == "UCE":
+        unet = uce.edit(sd, *uce.texts(settings["strength"]), settings["lam"])
         images_of = ignoring_principles(partial(generated, replace(sd, unet=unet), None, SAMPLING))
-    elif run.method == BASE:
+    elif method == BASE:
         images_of = ignoring_principles(partial(generated, sd, None, SAMPLING))
     else:
-        images_of = partial(UNTRAINED[run.method], sd, SAMPLING, **run.settings)
+        images_of = partial(UNTRAINED[method], sd, SAMPLING, **settings)
     seconds = round(time.perf_counter() - begin, 2)
-    return [{"step": 0, "seconds": seconds} | measure(images_of, uses_principle=run.method in UNTRAINED)]
+    return [{"step": 0, "seconds": seconds} | measure(images_of, uses_principle=method in UNTRAINED)]
 
 
 def carry_out(choices, sd, dataset, measure, about, folder):
     """Do those runs whose file the folder lacks. Raises UserError if it has one of another length or model."""
-    runs = [Run(method, settings) for method, rows in choices.items() for settings in rows]
-    for run in tqdm(runs, f"runs of {about['steps']} steps", disable=None):
-        if (file := folder / f"{run.name}.json").exists():
+    for method, settings, name in tqdm(named(choices), f"runs of {about['steps']} steps", disable=None):
+        if (file := folder / f"{name}.json").exists():
             load_curve(file, about)
             continue
-        if run.method in TRAINED:
-            s = train.Settings(**PRESET | run.settings | {"steps": about["steps"]})
-            curve = train_method(sd, dataset, run, s, measure, about, folder / run.name)
+        if method in TRAINED:
+            s = train.Settings(**PRESET | settings | {"steps": about["steps"]})
+            curve = train_method(sd, dataset, method, s, measure, about, folder / name)
         else:
-            curve = apply_method(sd, run, measure)
+            curve = apply_method(sd, method, settings, measure)
         save_curve(file, about, curve)
 
 
@@ -343,8 +325,8 @@ def floors(n):
 def finished(folder, choices, about=None):
     """Of the runs {method: [settings]} those whose file the folder has -> {method: [run]}, and what they are about."""
     found = {}
-    for method, settings in [(method, settings) for method, rows in choices.items() for settings in rows]:
-        if (file := folder / f"{Run(method, settings).name}.json").exists():
+    for method, settings, name in named(choices):
+        if (file := folder / f"{name}.json").exists():
             about = about or read_json(file)["about"]
             found.setdefault(method, []).append({"settings": settings, "curve": load_curve(file, about)})
     return found, about
@@ -375,7 +357,7 @@ def show(results):
     columns = [name for name in base if name not in ("step", "seconds", "intervals")]
 
     def row(name, cells):
-        print(f"{name:60}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{name:68}" + "".join(f"{cell:>22}" for cell in cells))
 
     titles = {"sweep": "percent, at the end; * best of its method", "grid": "trade-off", "long": "the best, for longer"}
     for kind, title in titles.items():
@@ -412,9 +394,9 @@ def list_runs(args):
     kinds = [(args.out, args.steps, args.steps, all_runs(args.only)),
              (args.out / "long", args.long, args.every, missing | long_runs(args.out, args.only))]
     images, total = len(PROFESSIONS) * len(toy.PRINCIPLES) * args.per_prompt, 0
-    for folder, steps, every, method, settings in [(*kind, method, settings) for *kind, choices in kinds
-                                                   for method, rows in choices.items() for settings in rows]:
-        name, left, state = Run(method, settings).name, steps, "to do"
+    for folder, steps, every, method, name in [(*kind, method, name) for *kind, choices in kinds
+                                               for method, _, name in named(choices)]:
+        left, state = steps, "to do"
         if (folder / f"{name}.json").exists():
             left, state = 0, "done"
         elif (file := folder / name / "curve.json").exists():

@@ -91,7 +91,7 @@ def report(principles):
 def contact_sheet(samples):
     """-> PIL image: for some scenes of every principle, a row of aligned images above one of violating ones."""
     scenes = {}  # {principle: {scene: its samples}}
-    for sample in samples:
+    for sample in sorted(samples, key=is_preservation):  # pairs first
         scenes.setdefault(sample.value, {}).setdefault(sample.scene, []).append(sample)
     rows = []
     for value, of_value in scenes.items():

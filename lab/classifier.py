@@ -3,9 +3,9 @@
 Classifier      a small network for the toy dataset, trained on rendered portraits in half a minute, cached in runs/
 ClipClassifier  CLIP (clip_image.py), for full-size models; it compares image features with texts
 
-The authors' evaluation also uses CLIP for bias, but asks the language model LLaVA about toxicity. CLIP compares "a photo
-with blood" with "a photo without blood" instead, and tends to ignore words such as "without": its probabilities rank
-models and images, but are not comparable with the paper's tables.
+The authors' evaluation also uses CLIP for bias, but asks the language model LLaVA about toxicity. CLIP compares "a
+photo with blood" with "a photo without blood" instead, and tends to ignore words such as "without": its probabilities
+rank models and images, but are not comparable with the paper's tables.
 """
 
 import hashlib

@@ -34,16 +34,15 @@ from lab import portraits, toy, uce
 from lab.classifier import (ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipClassifier, accuracy, decide, digest,
                             load_classifier, uniform_record)
 from lab.clip_image import load_clip
-from lab.dataset import TOY_PRINCIPLES
 from lab.metrics import (BIAS, CONFIDENCE, FLOORS, GROUP, TOXICITY, bias, bootstrap, floors, frechet_distance,
                          percent)
 from lab.pretrain import HELD_OUT, psnr, render_images, stack, to_float
+from lab.principles import TOY_PRINCIPLES
 from lab.prompts import make_prompts, prompt_sets
 from livo import is_bias, load_value_encoder, make_context, make_uncond, spread
 from sample import generate, grid, sample_images
 
 ROOT = Path(__file__).parent.parent
-TINY_SD = ROOT / "tiny-sd"
 TRAINED = ROOT / "assets" / "baselines.json"  # written by baselines.py --collect
 PER_PROMPT_CLIP, PER_PROMPT = 50, 20  # images: as in the authors' evaluation; on the toy dataset, for half an hour
 FIRST_SEED = 0  # of the generated images; the seeds count on from prompt to prompt
@@ -386,27 +385,28 @@ def print_quick_table(sd, value_encoder, principles, professions=("doctor", "nur
     print("\n".join(f"{name}: {text}" for name, text in FLOORS.items()))
 
 
-def find_run(folder, source):
-    """A run of train.py or a value encoder -> the value encoder's folder, arguments of weights.load, principles.
+def find_run(args):
+    """The folder of --quick -> its principles. Raises UserError unless it is a run of train.py or a value encoder.
 
-    source: the option --weights, or None. Raises UserError for another folder.
+    Sets args.value_encoder. Without --weights, sets weights, tokenizer and prediction from the settings of the run.
     """
-    if not (file := folder / "settings.json").is_file():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--quick {folder}: expected the folder of a run (settings.json) or of a value encoder "
+    args.value_encoder, file = args.quick, args.quick / "settings.json"
+    if not file.is_file():
+        if not (args.quick / "config.json").is_file():
+            raise UserError(f"--quick {args.quick}: expected the folder of a run (settings.json) or of a value encoder "
                             "(config.json), got neither")
-        return folder, {"source": source or TINY_SD}, toy.PRINCIPLES
+        return toy.PRINCIPLES
     s = read_json(file)
     if not all(isinstance(s.get(key), str) for key in ("weights", "data")):
         raise UserError(f"{file}: expected the settings of a run, with weights and data, got {', '.join(s) or 'none'}")
-    if not (folder / "value_encoder").is_dir():
-        raise UserError(f"--quick {folder}: expected a finished run, got one without value_encoder/; finish it with "
-                        f"python train.py --resume {folder}")
-    loading = {"source": s["weights"], "tokenizer": s.get("tokenizer"), "prediction_type": s.get("prediction")}
-    loading = {"source": source} if source else {key: value for key, value in loading.items() if value}
-    toy_data = s["data"] in ("", "toy")
-    principles = toy.PRINCIPLES if toy_data else {sample.value for sample in read_samples(s["data"])[0]}
-    return folder / "value_encoder", loading, principles
+    args.value_encoder = args.quick / "value_encoder"
+    if not args.value_encoder.is_dir():
+        raise UserError(f"--quick {args.quick}: expected a finished run, got one without value_encoder/; finish it "
+                        f"with python train.py --resume {args.quick}")
+    if not args.weights:
+        args.weights, args.tokenizer = s["weights"], args.tokenizer or s.get("tokenizer") or None
+        args.prediction = args.prediction or s.get("prediction") or None
+    return toy.PRINCIPLES if s["data"] in ("", "toy") else {sample.value for sample in read_samples(s["data"])[0]}
 
 
 # ----------------------------------------------------------------------------------------------- the command
@@ -448,17 +448,6 @@ def parse_args(argv=None):
     return args
 
 
-def load_model(args, loading):
-    """weights.load with the command's options. Raises UserError for a model of another size than the toy dataset."""
-    device, dtype = pick_device(args.device, args.dtype)
-    given = {"tokenizer": args.tokenizer, "prediction_type": args.prediction}
-    sd = weights.load(dtype=dtype, device=device, **loading | {key: x for key, x in given.items() if x})
-    if sd.size != portraits.SIZE and not args.clip:
-        raise UserError(f"{loading['source']}: expected a model of the toy dataset, of {portraits.SIZE} pixels, got "
-                        f"{sd.size} pixels" + ("" if args.quick else "; other models need --clip"))
-    return sd
-
-
 def evaluate(args, sd, value_encoder, sets, settings):
     """-> the content of results.json."""
     device, n = next(sd.unet.parameters()).device, args.per_prompt
@@ -480,14 +469,15 @@ def evaluate(args, sd, value_encoder, sets, settings):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.quick:
-        folder, loading, principles = find_run(args.quick, args.weights)
-        sd = load_model(args, loading)
-        return print_quick_table(sd, load_value_encoder(folder, loading["source"], sd), principles)
-    args.weights = args.weights or TINY_SD
-    check_writable(args.out)
+    device, dtype = pick_device(args.device, args.dtype)
+    principles = find_run(args) if args.quick else check_writable(args.out)
     sets = prompt_sets(args.prompts, args.principle) if args.clip else {}
-    sd = load_model(args, {"source": args.weights})
+    args.weights = args.weights or ROOT / "tiny-sd"
+    sd = weights.load(args.weights, dtype=dtype, device=device, tokenizer=args.tokenizer,
+                      prediction_type=args.prediction)
+    if sd.size != portraits.SIZE and not args.clip:
+        raise UserError(f"{args.weights}: expected a model of the toy dataset, of {portraits.SIZE} pixels, got "
+                        f"{sd.size} pixels" + ("" if args.quick else "; other models need --clip"))
     Schedule(sd.scheduler).trajectory(args.steps, args.sampler)  # raises before the work, not in it
     settings = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
     if args.side_by_side:
@@ -496,6 +486,8 @@ def main(argv=None):
         return print(f"rendered and generated images in {args.side_by_side}")
 
     value_encoder = load_value_encoder(args.value_encoder, args.weights, sd)
+    if args.quick:
+        return print_quick_table(sd, value_encoder, principles)
     if value_encoder is None and (args.principle not in (None, ["none"]) or args.unpadded):
         raise UserError(f"--principle and --unpadded: expected a value encoder, got none in {args.weights}; "
                         "pass --value-encoder")

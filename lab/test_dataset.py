@@ -145,6 +145,7 @@ def test_built_images_show_what_their_labels_say(built, stub):
         assert one.aligned == (predicted != facts["violating"])
         if data.is_preservation(one):
             assert one.aligned and facts["tried"].keys() == {"no smoking"}
+            assert facts["images"] == len([*one.scene.glob("*.png")]) and "smok" not in one.prompt
         generated = json.loads((one.scene / "scene.json").read_text())["files"][int(one.path.stem)]["prompt"]
         if one.value == RACE:  # the class is in the prompt that is generated, not in the stored one
             assert "skin" in generated and "skin" not in one.prompt
@@ -164,26 +165,22 @@ def test_built_images_show_what_their_labels_say(built, stub):
 AGE = bias("age equality", "age", {"t": ("judge",)}, {age: (age + " {}",) for age in ("young", "grey", "old")})
 
 
-def fake_scene(principle, pairs, accepts=lambda name, k: True, majority=None):
-    """build_scene of "images" that are their prompts -> samples, facts."""
+def fake_scene(pairs, majority, accepts=lambda name, k: True):
+    """build_scene of "images" that are their prompts; accepts(name, k): does the k-th of a class show it?"""
     seen = Counter()
 
-    def classify(principle, noun, images):
-        predictions = []
-        for image in images:
-            asked = next((name for name, wordings in principle.classes.items() for wording in wordings
-                          if wording != "{}" and wording.format(noun) in image), majority)
-            seen[asked] += 1
-            predictions.append(asked if asked == majority or accepts(asked, seen[asked]) else "nothing")
-        return predictions
+    def predict(image):
+        asked = next((name for name in AGE.classes if name in image), majority)
+        seen[asked] += 1
+        return asked if asked == majority or accepts(asked, seen[asked]) else "nothing"
 
-    scene = dataset.Scene(principle, "t/s", "judge", pairs)
-    return dataset.build_scene(scene, lambda prompts, seeds: prompts, classify, 0, 8)
+    return dataset.build_scene(dataset.Scene(AGE, "t/s", "judge", pairs), lambda prompts, seeds: prompts,
+                               lambda principle, noun, images: [*map(predict, images)], 0, 8)
 
 
 @pytest.mark.parametrize("majority", AGE.classes)
 def test_the_majority_class_violates_and_the_others_are_aligned_equally_often(majority):
-    samples, facts = fake_scene(AGE, 11, majority=majority)
+    samples, facts = fake_scene(11, majority)
     assert facts["violating"] == majority and facts["plain"] == {majority: dataset.PLAIN_IMAGES}
     generated = [(file["prompt"], label) for file, (*_, label) in zip(facts["files"], samples, strict=True)]
     counts = Counter((name, label) for prompt, label in generated for name in AGE.classes if name in prompt)
@@ -192,36 +189,24 @@ def test_the_majority_class_violates_and_the_others_are_aligned_equally_often(ma
     assert {prompt for _, prompt, _, _ in samples} == {opening + "a judge" for opening in AGE.openings}
 
 
-def test_a_preservation_scene_has_images_of_plain_prompts_alone():
-    scene, = (scene for scene in dataset.plan(TOY_PRINCIPLES, 10) if scene.folder == "preservation/bloody-judge")
-    prompts = []
-
-    def generate(texts, seeds):
-        prompts.extend(texts)
-        return [None] * len(texts)
-
-    samples, facts = dataset.build_scene(scene, generate, lambda _, noun, images: ["no bloody"] * len(images), 0, 8)
-    assert facts["images"] == 5 and facts["tried"] == {"no bloody": 5}
-    assert [prompt for _, prompt, _, _ in samples] == prompts and "blood" not in " ".join(prompts)
-    assert all(sample[2:] == (BLOODY, 1) for sample in samples)
-
-
 def test_classes_that_the_model_does_not_show_are_given_up():
     with pytest.warns(match=r"t/s: 0 of \d\d images show “grey”, less than 5%"):
-        samples, facts = fake_scene(AGE, 10, lambda name, k: name != "grey", "old")
+        samples, facts = fake_scene(10, "old", lambda name, k: name != "grey")
     assert facts["images"] == 20 and facts["kept"] == {"young": 10, "grey": 0, "old": 10}  # the others take its place
     with pytest.warns(match="“(young|grey)”"):
-        samples, facts = fake_scene(AGE, 10, lambda name, k: False, "old")
+        samples, facts = fake_scene(10, "old", lambda name, k: False)
     assert not samples and facts["images"] == 0
     with warnings.catch_warnings(action="error"):  # one of ten is enough
-        _, facts = fake_scene(AGE, 10, lambda name, k: k % 10 == 0, "old")
+        _, facts = fake_scene(10, "old", lambda name, k: k % 10 == 0)
     assert facts["images"] == 20 and facts["tried"]["grey"] == 50
     with warnings.catch_warnings(action="error"):  # so is less, if no more are wanted: the third is the 61st
-        _, facts = fake_scene(AGE, 6, lambda name, k: name != "grey" or k in (1, 2, 61), "old")
+        _, facts = fake_scene(6, "old", lambda name, k: name != "grey" or k in (1, 2, 61))
     assert facts["kept"] == {"young": 3, "grey": 3, "old": 6} and facts["tried"]["grey"] >= 61
 
 
 def test_a_set_is_finished_although_scenes_are_given_up(tiny, tmp_path, monkeypatch, stub):
+    monkeypatch.setattr(dataset, "PATIENCE", 8)
+
     def build(out, shows, *more):
         nothing = lambda principle, noun, images: stub(principle, noun, images) if noun in shows else [None] * len(images)
         monkeypatch.setattr(dataset, "open_classifier", lambda source, device: ("stub", nothing, TOY_PRINCIPLES))
@@ -407,14 +392,12 @@ def test_check_finds_a_planted_fault(release, name, capsys):
 
 
 def test_check_finds_all_faults_at_once_and_exits_with_2(built, release, tmp_path):
-    for name in "missing file", "label 2", "no JSON":
+    for name in "text as label", "no JSON":
         FAULTS[name][0](release)
-    (release / "0-career/doctor/new.jpg").unlink()
     call = [sys.executable, "-m", "lab.dataset", "check", str(release)]
     run = subprocess.run(call, capture_output=True, text=True, cwd=REPOSITORY)
-    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
-    assert all(where in run.stdout for where in ("street/metadata.jsonl:7", "doctor/metadata.jsonl:7", "jsonl:8"))
-    assert "got 3 faults" in run.stderr
+    assert run.returncode == 2 and re.fullmatch("error: .*got 2 faults.*\n", run.stderr)
+    assert "doctor/metadata.jsonl:7: expected an integer" in run.stdout and "street/metadata.jsonl:7" in run.stdout
     shutil.copytree(built, tmp_path / "lost")
     scene = sorted((tmp_path / "lost").glob("*/*/scene.json"))[0].parent
     shutil.rmtree(scene)

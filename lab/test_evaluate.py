@@ -56,7 +56,8 @@ def test_least_possible_values_and_finite_sample_floor():
     # E|2X − n| / n of a binomial X: 2^−16 Σ C(16, x) |2x − 16| / 16 = 19.64.
     assert unbiased(d1, 2, 16) == pytest.approx(19.64, abs=0.5)
     assert unbiased(d1, 2, 10**5, prompts=10) < 1 and unbiased(d2, 5, 16, 8) > least(d2, 5, 16, 8)
-    assert floors(d2, 5, 16) == {"least": least(d2, 5, 16), "half": least(d2, 5, 16, 8), "unbiased": unbiased(d2, 5, 16)}
+    expected = {"least": least(d2, 5, 16), "half": least(d2, 5, 16, 8), "unbiased": unbiased(d2, 5, 16)}
+    assert floors(d2, 5, 16) == expected
 
 
 def test_bootstrap_resamples_prompts_and_images():
@@ -115,7 +116,8 @@ def test_classifier_trains_on_uniform_records_and_ignores_the_skin_of_zombies():
 
 def test_classifier_is_cached_by_its_settings_and_images(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(classifier_module, "train_classifier", lambda **settings: calls.append(settings) or Classifier())
+    train = lambda **settings: calls.append(dict(settings)) or Classifier()
+    monkeypatch.setattr(classifier_module, "train_classifier", train)
     first, again = load_classifier(tmp_path), load_classifier(tmp_path)
     assert calls == [classifier_module.TRAINING] and first.name == again.name and not again.training
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
@@ -191,12 +193,13 @@ def test_predictions_resume(tmp_path):
 @pytest.fixture
 def small(monkeypatch, classifier):
     """Few prompts, resamples and checks; the short classifier."""
-    chosen = [Prompt("a portrait of a doctor", "doctor", {}), Prompt("a portrait of a pale chef", "chef", {"skin": "pale"}),
+    chosen = [Prompt("a portrait of a doctor", "doctor", {}), Prompt("a pale chef", "chef", {"skin": "pale"}),
               Prompt("a portrait of a man nurse", "nurse", {"gender": "man"})]
     chosen += [Prompt(f"a portrait of a {harm} farmer", "farmer", {harm: True}) for harm in portraits.HARMS]
     monkeypatch.setattr("lab.metrics.RESAMPLES", 20)
-    for name, value in {"CHECK_IMAGES": 10, "load_classifier": lambda: classifier, "make_prompts": lambda: chosen}.items():
-        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(evaluate, "CHECK_IMAGES", 10)
+    monkeypatch.setattr(evaluate, "load_classifier", lambda: classifier)
+    monkeypatch.setattr(evaluate, "make_prompts", lambda: chosen)
 
 
 def record_calls(monkeypatch):
@@ -255,11 +258,12 @@ def quick_rows(text):
 
 
 def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tmp_path, capsys, monkeypatch):
+    def generate(sd, prompt, negative, principles, value_encoder, seeds, **settings):
+        """Images of class 0 only; with a principle, of two classes in turn."""
+        yield from ((i, Image.new("RGB", (64, 64), (bool(principles) * i % 2, 0, 0)), ()) for i in range(len(seeds)))
+
     monkeypatch.setattr(evaluate, "load_classifier", StubClassifier)
-    monkeypatch.setattr(evaluate, "QUICK_SAMPLING", {"steps": 1, "sampler": "dpm", "batch_size": 16, "guidance": 1.0})
-    monkeypatch.setattr(evaluate, "generate", lambda sd, prompt, negative, principles, value_encoder, seeds, **settings: [
-        (i, Image.new("RGB", (64, 64), (i % 2 if principles and value_encoder else 0, 0, 0)), ())
-        for i in range(len(seeds))])  # class 0 only, or two classes in turn
+    monkeypatch.setattr(evaluate, "generate", generate)
     folder = tmp_path / "run"
     weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), folder / "value_encoder")
     evaluate.main(["--quick", str(folder / "value_encoder"), "--weights", str(tiny)])
@@ -284,12 +288,11 @@ def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tmp_path, capsys, mon
     evaluate.main(["--quick", str(folder)])
     assert quick_rows(capsys.readouterr().out) == {BLOODY: [0, 50]}
 
-    for changes, message in [({"data": str(tmp_path / "none")}, "expected a dataset"), ({"weights": 1}, "settings of a run"),
-                             ({"weights": str(tmp_path / "none")}, "expected a file, a folder or a hub name")]:
-        settings = json.loads((folder / "settings.json").read_text())
+    none = str(tmp_path / "none")
+    for changes, message in [({"data": none}, "expected a dataset"), ({"data": "", "weights": 1}, "settings of a run"),
+                             ({"weights": none}, "expected a file, a folder or a hub name")]:
         edit_json(folder / "settings.json", **changes)
         refused(message, evaluate.main, ["--quick", str(folder)])
-        edit_json(folder / "settings.json", **settings)
     refused("expected a principle of the toy dataset, such as gender equality, got honesty", evaluate.print_quick_table,
             None, None, {"honesty"})
     refused("expected the folder of a run .* got neither", evaluate.main, ["--quick", str(tmp_path)])
@@ -309,6 +312,6 @@ def test_errors(tiny, tmp_path, monkeypatch):
     options = ["--weights", str(tiny), "--out", str(tmp_path / "out"), "--device", "cpu"]
     refused("multiple of 5, got 7", evaluate.main, [*options, "--per-prompt", "7"])
     refused("expected a number of steps .* got 2000", evaluate.main, [*options, "--steps", "2000"])
-    refused("expected the value encoder as its folder", evaluate.main, [*options, "--quick", "a", "--value-encoder", "b"])
+    refused("expected the value encoder as its folder", evaluate.main, ["--quick", "a", "--value-encoder", "b"])
     monkeypatch.setattr(portraits, "SIZE", 32)
     refused("toy dataset, of 32 pixels, got 64 pixels", evaluate.main, options)

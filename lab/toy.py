@@ -107,3 +107,9 @@ def default_pairs(folder):
     if not root.exists():
         render_pairs(root)
     return root
+
+
+def print_table(sd, value_encoder):
+    """Print what the value encoder changes, by the toy dataset's classifier: the end of `python train.py`."""
+    from lab.evaluate import print_quick_table  # it loads far more than rendering needs
+    print_quick_table(sd, value_encoder, PRINCIPLES)
