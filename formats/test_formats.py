@@ -305,7 +305,8 @@ def test_damaged_files(tmp_path, content, suffix):
     ("unet", "cross_attention_dim", 65), ("vae", "block_out_channels", 32), ("vae", "_class_name", "AutoencoderTiny"),
     ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0.1]), ("vae", "use_quant_conv", False),
     ("text_encoder", "hidden_act", "relu"), ("text_encoder", "model_type", "t5"),
-    ("text_encoder", "vocab_size", "many"), ("text_encoder", "hidden_size", "wide"), ("text_encoder", "max_position_embeddings", 76),
+    ("text_encoder", "vocab_size", "many"), ("text_encoder", "hidden_size", "wide"),
+    ("text_encoder", "max_position_embeddings", 76),
 ], ids=str)
 def test_unsupported_configs(sd_folder, network, key, value):
     edit_json(sd_folder / network / "config.json", **{key: value})
@@ -516,7 +517,8 @@ def test_formats_are_imported_only_when_needed(published):
 VOCABULARY = SHARED / "clip-tokenizer"
 TEXTS = ["", "!", "wow!! 100% ok!", "Don't we'LL I'Ve 'S", "a  b\t\tc\r\n\n d\x85e", "&amp;amp; &eacute;", "İ ß ﬁ K Å",
          "cafe\u0301 café", "zero\u200bwidth\u200d \ufeff", "日本語 각", "👩‍👩‍👧 🇩🇪", f"cut {EOS} here{EOS}",
-         f"{BOS}{BOS} x", "<|ENDOFTEXT|> <|StartOfText|>", "<|endoftext| > </w> a</w> Ġ", "word " * 500, "a <cat toy> <CAT \n TOY>"]
+         f"{BOS}{BOS} x", "<|ENDOFTEXT|> <|StartOfText|>", "<|endoftext| > </w> a</w> Ġ", "word " * 500,
+         "a <cat toy> <CAT \n TOY>"]
 
 
 def token(content, **flags):

@@ -333,7 +333,7 @@ def finished(folder, choices, about=None):
 
 
 def long_runs(out, only=None):
-    """Each trained method with the best settings of its finished sweep, and LiVO with train.py's: {method: [settings]}."""
+    """The best settings of each trained method's finished sweep, and train.py's for LiVO: {method: [settings]}."""
     base, about = finished(out, {BASE: [{}]})
     sweep = {method: rows for method, rows in SWEEP.items() if base and method in TRAINED and only in (None, method)}
     runs, _ = finished(out, sweep, about)

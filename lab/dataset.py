@@ -77,7 +77,7 @@ class Scene:
 
 
 def plan(principles, per_scene, total=None):
-    """-> the Scenes to build, of `per_scene` pairs each or `total` in all. Toxicity principles get preservation scenes."""
+    """-> the Scenes: `per_scene` pairs each, or `total` in all. Toxicity principles get preservation scenes too."""
     concepts = [(principle, type, noun) for principle in principles
                 for type, nouns in principle.scenes.items() for noun in nouns]
     sizes = [per_scene] * len(concepts)

@@ -319,16 +319,18 @@ def bar_chart(sources, path):
     from matplotlib.figure import Figure
 
     metrics = [metric for metric, result in next(iter(sources.values())).items() if "low" in result]
-    figure = Figure(figsize=(9, 1 + 0.14 * len(metrics) * (len(sources) + 1)), layout="constrained")
+    figure = Figure(figsize=(8, 1 + 0.09 * len(metrics) * (len(sources) + 1)), layout="constrained")
     axes, thick = figure.subplots(), 0.9 / len(sources)
     for i, (name, source) in enumerate(sources.items()):
         value, low, high = (np.array([source[metric][key] for metric in metrics]) for key in ("value", "low", "high"))
         errors = np.stack([value - low, high - value]).clip(0)  # rounding
         axes.barh(np.arange(len(metrics)) + i * thick, value, thick, xerr=errors, label=name, error_kw={"lw": 0.8})
     axes.set_yticks(np.arange(len(metrics)) + (len(sources) - 1) / 2 * thick, metrics)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
+    axes.tick_params(labelsize="small")
     axes.set_xlabel(f"percent, with {CONFIDENCE} % bootstrap intervals")
-    figure.legend(loc="outside upper center", ncols=len(sources))
+    figure.legend(loc="outside upper center", ncols=len(sources), fontsize="small")
     figure.savefig(path, dpi=100)
 
 

@@ -183,7 +183,7 @@ def test_measure_by_hand():
     # harm: each metric in percent of the base model's; one that is 0 there does not count
     base = {"gender D1": 50, "skin D2": 80, "bloody R": 100, "zombie R": 0}
     assert baselines.harm(base, base) == 100
-    assert baselines.harm({"gender D1": 25, "skin D2": 20, "bloody R": 100, "zombie R": 3}, base) == pytest.approx(175 / 3)
+    assert baselines.harm({"gender D1": 25, "skin D2": 20, "bloody R": 100, "zombie R": 3}, base) == 175 / 3
 
 
 def fake_run(lr, harms, correct=100.0):
@@ -358,8 +358,9 @@ def test_a_killed_baseline_resumes(small, tmp_path, monkeypatch):
     for point in first + second:
         del point["seconds"]
     assert first == second and first[0] != first[-1]
-    ours, other = (torch.load(tmp_path / run / "runs" / "long" / name / "checkpoint.pt", weights_only=True) for run in "ab")
-    assert all(torch.equal(ours["value_encoder"][key], tensor) for key, tensor in other["value_encoder"].items())
+    ours, other = (torch.load(tmp_path / run / "runs" / "long" / name / "checkpoint.pt", weights_only=True)
+                   ["value_encoder"] for run in "ab")
+    assert all(torch.equal(ours[key], tensor) for key, tensor in other.items())
 
 
 @pytest.mark.parametrize("options, message", [

@@ -208,8 +208,8 @@ def test_a_set_is_finished_although_scenes_are_given_up(tiny, tmp_path, monkeypa
     monkeypatch.setattr(dataset, "PATIENCE", 8)
 
     def build(out, shows, *more):
-        nothing = lambda principle, noun, images: stub(principle, noun, images) if noun in shows else [None] * len(images)
-        monkeypatch.setattr(dataset, "open_classifier", lambda source, device: ("stub", nothing, TOY_PRINCIPLES))
+        classify = lambda principle, noun, images: stub(principle, noun, images) if noun in shows else [None] * 16
+        monkeypatch.setattr(dataset, "open_classifier", lambda source, device: ("stub", classify, TOY_PRINCIPLES))
         with pytest.warns(match="given up"):
             dataset.main(["build", "--weights", str(tiny), "--principle", SMOKING, "--steps", "1", "--device", "cpu",
                           "--out", str(out), *more])
@@ -309,7 +309,8 @@ def test_the_total_is_spread_evenly():
 def test_bad_options_are_refused_and_change_nothing(tiny, built, stub, tmp_path, change, message):
     (tmp_path / "long").write_text("a very " + "very " * 20 + "old person")
     before = tree(built)
-    refused(re.escape(message), dataset.main, build_options(tiny, built, *(word.format(other=tmp_path) for word in change)))
+    change = [word.format(other=tmp_path) for word in change]
+    refused(re.escape(message), dataset.main, build_options(tiny, built, *change))
     assert tree(built) == before and [path.name for path in tmp_path.iterdir()] == ["long"]
 
 
@@ -379,7 +380,7 @@ FAULTS = {
                   "metadata.jsonl:7: new.jpg is the same image as that of"),
     "one label": (lambda root: add_image(root, "0-career/x", label=0),
                   "x: expected aligned and violating images, got only violating ones"),
-    "no JSON": (lambda root: (root / "3-toxic/street/metadata.jsonl").open("a").write("{"), "street/metadata.jsonl:7: "),
+    "no JSON": (lambda root: (root / "3-toxic/street/metadata.jsonl").open("a").write("{"), "metadata.jsonl:7: "),
 }  # fmt: skip
 
 

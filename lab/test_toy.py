@@ -68,7 +68,8 @@ def test_an_attribute_changes_its_own_pixels_only():
 
 
 def test_a_pair_differs_in_its_attribute_and_the_prompt_specifies_no_protected_one():
-    words = {"gender": ("man", "woman", "male", "female"), "skin": ("skin",), "bloody": ("blood",), "zombie": ("zombie",)}
+    words = {"gender": ("man", "woman", "male", "female"), "skin": ("skin",), "bloody": ("blood",),
+             "zombie": ("zombie",)}
     asked, seen = [], set()
     for attribute, noun, seed in product(toy.PRINCIPLES.values(), toy.NOUNS, range(10)):
         prompt, aligned, violating = toy.portrait_pair(seed, attribute, noun)
@@ -85,8 +86,8 @@ def test_a_pair_differs_in_its_attribute_and_the_prompt_specifies_no_protected_o
     assert {toy.portrait_pair(seed, "skin", "judge")[2].skin for seed in range(20)} == {"light"}  # the majority class
     pairs = [toy.portrait_pair(seed, "gender", noun) for seed, noun in enumerate(toy.nouns_of_pairs("gender", 60))]
     assert [aligned.gender for _, aligned, _ in pairs].count("man") == 30
-    assert all((violating.gender == "man") == (portraits.P_MAN[violating.profession] > 0.5) for prompt, _, violating in pairs
-               if violating.specified >= {"profession"})
+    assert all((violating.gender == "man") == (portraits.P_MAN[violating.profession] > 0.5) for _, _, violating in pairs
+               if "profession" in violating.specified)
 
 
 def test_a_rendered_set_is_sound_and_its_preservation_prompts_ask_for_nothing(root):
@@ -97,7 +98,8 @@ def test_a_rendered_set_is_sound_and_its_preservation_prompts_ask_for_nothing(ro
     prompt, *records = toy.portrait_pair(toy.FIRST_SEED, "gender", "doctor")
     first = [sample for sample in samples if sample.scene.name == f"gender-{toy.FIRST_SEED}-doctor"]
     assert [(sample.prompt, sample.aligned) for sample in first] == [(prompt, True), (prompt, False)]
-    assert all(Image.open(one.path).tobytes() == portraits.render(record).tobytes() for one, record in zip(first, records))
+    for sample, record in zip(first, records, strict=True):
+        assert Image.open(sample.path).tobytes() == portraits.render(record).tobytes()
     preservation = [sample for sample in samples if data.is_preservation(sample)]
     assert len(preservation) == 13 and {sample.value for sample in preservation} == {BLOODY}
     for sample in preservation:

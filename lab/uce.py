@@ -26,7 +26,8 @@ def texts(strength, opening="a portrait of "):
     ask = lambda words: opening + portraits.with_article(words)
     edits, preserved = [], ["", opening]
     for profession in portraits.PROFESSIONS:
-        specified = [f"{skin}-skinned {gender} {profession}" for skin in portraits.SKINS for gender in portraits.GENDERS]
+        specified = [f"{skin}-skinned {gender} {profession}"
+                     for skin in portraits.SKINS for gender in portraits.GENDERS]  # fmt: skip
         edits.append((ask(profession), [ask(words) for words in specified], strength))
         edits += [(ask(f"{harm} {profession}"), [ask(profession)], 1.0) for harm in ("bloody", "zombie")]
         preserved += [ask(words) for words in [*specified, f"smoking {profession}"]]
