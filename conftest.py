@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -21,9 +23,9 @@ import pytest
 import transformers
 
 import data
-from lab import evaluate
+from lab.prompts import make_prompts
 from lab import classifier as classifier_module
-from lab import portraits
+from lab import portraits, toy
 import train
 import weights
 from common import UserError
@@ -102,7 +104,7 @@ REPOSITORY = Path(train.__file__).parent
 
 @pytest.fixture(scope="module")
 def sd():
-    """A random checkpoint with a latent of 8×8 for pictures of 16×16."""
+    """A random checkpoint with latents of 8×8 for images of 16×16."""
     torch.manual_seed(0)
     text = CLIPTextConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                           num_attention_heads=2, eos_token_id=599)
@@ -112,14 +114,14 @@ def sd():
     vae = VAEConfig(block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=8)
     captions = [portraits.write_caption(portraits.sample_record(seed)) for seed in range(500)]
     networks = [network.eval().requires_grad_(False) for network in (UNet(unet), VAE(vae), CLIPTextModel(text))]
-    tokenizer = train_tokenizer([*captions, *data.PRINCIPLES], 600)
+    tokenizer = train_tokenizer([*captions, *toy.PRINCIPLES], 600)
     return weights.StableDiffusion(*networks, tokenizer, weights.SCHEDULER | {"prediction_type": "epsilon"})
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "portraits"
-    data.render_pairs(root, pairs=dict.fromkeys(data.PAIRS, 26), harmless={"bloody": 13})
+    toy.render_pairs(root, pairs=dict.fromkeys(toy.PAIRS, 26), preservation={"bloody": 13})
     return root
 
 
@@ -139,11 +141,13 @@ def dataset(sd, root, folder):
 
 def settings(**changes):
     return train.Settings(**{"weights": "", "batch": 4, "micro_batch": 4, "steps": 4, "lr": 1e-3, "warmup": 2,
-                             "beta": 100.0, "alpha": 50.0, "bias_alpha_scale": 0.4, "save_every": 2, "sample_every": 10**6} | changes)
+                             "beta": 100.0, "alpha": 50.0, "bias_alpha_scale": 0.4, "save_every": 2,
+                             "sample_every": 10**6} | changes)
 
 
 def pairs_of(dataset, n=4):
-    return [dataset.pair(position, 0, range(1000)) for position in range(n)]
+    pairs = (dataset.pair(position, 0, range(1000)) for position in range(10 * n))
+    return [pair for pair in pairs if not pair.preservation][:n]
 
 
 def gradients(module):
@@ -156,7 +160,7 @@ def relative(a, b):
 
 
 def trained_a_little(sd):
-    """A value encoder whose token is not what it starts as."""
+    """A value encoder whose token is no longer the initial one."""
     torch.manual_seed(1)
     value_encoder = ValueEncoder.from_text_encoder(sd.text_encoder)
     for parameter in value_encoder.parameters():
@@ -285,29 +289,29 @@ def fetch(env, call):
 
 @pytest.fixture(scope="module")
 def classifier():
-    """A sixth of the real training, whose accuracy `python evaluate.py` prints."""
+    """A sixth of the real training, whose accuracy `python -m lab.evaluate` prints."""
     state = torch.random.get_rng_state()
-    classifier = classifier_module.train_classifier(pictures=2000, epochs=2)
+    classifier = classifier_module.train_classifier(images=2000, epochs=2)
     assert torch.equal(torch.random.get_rng_state(), state)  # the caller's random numbers stay what they were
     classifier.name = "short"
     return classifier
 
 
 class StubClassifier:
-    """Reads the first pixel's red as the number of an answer."""
+    """Predicts the first pixel's red as the class."""
 
     name = "stub"
 
-    def read(self, images):
+    def classify(self, images):
         red = torch.tensor([image.getpixel((0, 0))[0] for image in images])
         return {name: red for name in classifier_module.ATTRIBUTES} | {"features": red[:, None].float()}
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A random model of 64×64 pictures, with a value encoder beside it."""
+    """A random model of 64×64 images."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([prompt.text for prompt in evaluate.make_prompts()], 560)
+    tokenizer = train_tokenizer([prompt.text for prompt in make_prompts()], 560)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=560, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                                         num_attention_heads=2, eos_token_id=tokenizer.eos_token_id))
     for parameter in text.text_model.embeddings.parameters():
@@ -321,3 +325,71 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "tiny-sd"
     save(sd, folder)
     return folder
+
+def write_pipeline(path, config):
+    """A random pipeline of 64×64 images, saved by diffusers. -> path"""
+    torch.manual_seed(0)
+    tokens = "<|startoftext|>", "<|endoftext|>"
+    letters = [chr(i) for i in range(97, 123)]
+    vocab = {token: i for i, token in enumerate([*letters, *(c + "</w>" for c in letters), *tokens])}
+    (path / "bpe").mkdir(parents=True)
+    (path / "bpe" / "vocab.json").write_text(json.dumps(vocab))
+    (path / "bpe" / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(path / "bpe" / "vocab.json"), str(path / "bpe" / "merges.txt"),
+                                           model_max_length=77)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=len(vocab), hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1,
+        pad_token_id=len(vocab) - 1))
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, layers_per_block=1,
+                                  down_block_types=("DownEncoderBlock2D",) * 4,
+                                  up_block_types=("UpDecoderBlock2D",) * 4)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=diffusers.UNet2DConditionModel(**SMALL_UNET),
+        scheduler=diffusers.PNDMScheduler.from_config(config), safety_checker=None, feature_extractor=None)
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def small_sd():
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**SMALL_UNET)).eval()
+    vae = VAE(VAEConfig(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1)).eval()
+    return SimpleNamespace(unet=unet, vae=vae, scheduler=SD1)
+
+
+# ── Training runs ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_settings(folder, root, **changes):
+    options = {"weights": folder / "model", "data": root, "steps": 10, "batch": 4, "micro-batch": 4, "lr": 1e-3,
+               "warmup": 2, "beta": 100, "alpha": 50, "save-every": 2, "sample-every": 1000, "group-size": 2,
+               "min-timestep": 50, "final-ln-lr-scale": 5, "decay": 0.5}
+    options |= {key.replace("_", "-"): value for key, value in changes.items()}
+    return [text for key, value in options.items() for text in (f"--{key}", str(value))]
+
+
+def start(*args, **env):
+    """train.py in a process of its own."""
+    command = [sys.executable, "-W", "ignore", str(REPOSITORY / "train.py"), *map(str, args)]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def steps_in(run):
+    log = run / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def wait_for_steps(process, run, steps):
+    while steps_in(run) < steps and process.poll() is None:
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder, root):
+    """A run that nothing interrupted, in this process."""
+    torch.set_num_threads(1)
+    train.main([*run_settings(folder, root), "--out", str(folder / "whole")])
+    return folder / "whole"

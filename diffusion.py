@@ -65,7 +65,7 @@ class Schedule:
         else:
             raise UserError(f"expected timestep_spacing leading, linspace or trailing, got {spacing}")
         t = [int(i) for i in t[:steps]]
-        if len(set(t)) < steps or t[0] >= T:
+        if not t or len(set(t)) < steps or t[0] >= T:
             raise UserError(f"expected a number of steps that fits {T} timesteps ({sampler}, {spacing}), got {steps}")
         return t
 

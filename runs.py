@@ -76,7 +76,7 @@ def parse_settings(parser, cls, argv):
         args = parser.parse_args([*typed, *argv])
     except UserError as error:
         raise UserError(f"{file}: expected options of train.py, got: {error}") from error
-    s = cls(**{option.name: getattr(args, option.name) or option.default for option in fields(cls)})
+    s = cls(**{option.name: getattr(args, option.name) for option in fields(cls) if getattr(args, option.name) is not None})
     if not s.data:
         raise UserError(f"--weights {s.weights}: expected --data too, preference data for it, got none")
     for name in ("weights", "tokenizer", "init", "data"):  # --resume may be called from another folder

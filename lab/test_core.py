@@ -1,0 +1,540 @@
+"""More of what is true of the core: odd input, damaged data, interrupted runs, and speed-ups that change no result."""
+
+import copy
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+import types
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import data
+import efficiency
+import latents
+import runs
+import sample
+import train
+import weights
+from common import RENAMED, UserError, pick_device, run
+from conftest import (SD1, TOKENIZER, UNETS, assert_close, gradients, pairs_of, pixels, refused, relative, run_settings,
+                      settings, start, steps_in, trained_a_little, wait_for_steps, write_pipeline)
+from diffusion import Schedule, denoise
+from lab import portraits, toy
+from retrieve import BLOODY, GENDER, ZOMBIE
+from sample import grid, sample_images
+from unet import ResnetBlock, SpatialTransformer, UNet, UNetConfig
+
+# ── Sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_every_step_count_gives_that_many_falling_timesteps(sampler, spacing):
+    schedule, legal = Schedule({**SD1, "timestep_spacing": spacing}), 0
+    for steps in [*range(-1, 1003), 10**12]:
+        try:
+            t = schedule.timesteps(steps, sampler)
+        except UserError:
+            continue
+        assert len(t) == steps and all(a > b for a, b in zip(t, t[1:])) and 0 <= t[-1] and t[0] < 1000
+        legal += 1
+    fewer = {"ddim leading": 999, "dpm leading": 998, "dpm linspace": 999}
+    assert legal == fewer.get(f"{sampler} {spacing}", 1000)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("beta_schedule", "squaredcos_cap_v2"), ("prediction_type", "sample"), ("rescale_betas_zero_snr", True),
+    ("thresholding", True), ("trained_betas", [0.1, 0.2]), ("timestep_spacing", "random"),
+    ("use_karras_sigmas", True), ("algorithm_type", "sde-dpmsolver++")])
+def test_unsupported_schedules_raise(key, value):
+    message = refused(f"expected {key}", lambda: Schedule({**SD1, key: value}).trajectory(10, "dpm"))
+    assert f"got {value}" in message
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("sd") / "sd", SD1)
+
+
+def run_sample(written, out, *options):
+    sample.main(["--weights", str(written), "--out", str(out), "--device", "cpu", "--dtype", "fp32", *map(str, options)])
+    return pixels(Image.open(path) for path in sorted(out.glob("0*.png")))
+
+
+def test_pngs_carry_their_settings(written, tmp_path):
+    out = tmp_path / "a" / "b"
+    first = run_sample(written, out, "--prompt", "naïve cät", "-n", 2, "--seed", 41, "--steps", 2, "--height", 24)
+    assert sorted(path.name for path in out.iterdir()) == ["0000.png", "0001.png", "grid.png"]
+    text = Image.open(out / "0001.png").text
+    expected = dict(prompt="naïve cät", negative="", seed="42", steps="2", guidance="7.5", sampler="ddim",
+                    eta="0.0", height="24", width="64", weights=str(written))
+    assert expected.items() <= text.items()
+    options = ("prompt", "negative", "seed", "steps", "guidance", "sampler", "eta", "height", "width")
+    again = run_sample(written, tmp_path / "again", *(word for key in options for word in (f"--{key}", text[key])))
+    assert abs(again[0] - first[1]).max() <= 1
+
+
+def test_long_prompt_is_one_warning_and_empty_one_none(written, tmp_path, capsys):
+    run(lambda: run_sample(written, tmp_path, "--prompt", "cat " * 80, "--steps", 1))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: ")
+    run(lambda: run_sample(written, tmp_path, "--prompt", "", "--steps", 1))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("options", [
+    ["--steps", "0"], ["--steps", "1000"], ["--steps", "x"], ["--width", "513"], ["--height", "0"], ["-n", "0"],
+    ["--batch-size", "0"], ["--guidance", "nan"], ["--eta", "2"], ["--sampler", "dpm", "--eta", "0.5"],
+    ["--sampler", "euler"], ["--dtype", "int8"], ["--device", "abacus"], ["--device", "meta"], ["--seed", "-1"],
+    ["--prompt", "\udcff"], ["--value-share", "0.5"]], ids=" ".join)
+def test_bad_input_is_one_line_and_no_file(written, options, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(lambda: run_sample(written, tmp_path / "out", "--prompt", "cat", *options))
+    assert exit.value.code == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_renamed_options_are_refused_with_the_new_name():
+    for old, new in RENAMED.items():
+        for words in ([old, "1"], [f"{old}=1"]):
+            refused(f"expected {new}, the new name", train.main, words)
+
+
+def test_unwritable_output_is_found_before_the_work(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "sample_images", None)
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("long" * 99)):
+        refused("to write to, got", run_sample, written, out, "--prompt", "cat")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_nan_raises_instead_of_a_black_image(small_sd):
+    small_sd.unet.conv_out.bias.data[0] = float("nan")
+    refused("NaN", lambda: list(sample_images(small_sd, torch.zeros(1, 77, 24), torch.zeros(1, 77, 24), [0], steps=2)))
+
+
+def test_principles_and_comparison_of_the_command(tmp_path, capsys):
+    folder = tmp_path / "out"
+    common = ["--prompt", "a zombie chef", "--steps", "2", "-n", "2", "--out", str(folder)]
+    sample.main([*common, "--compare", "--principle", "auto", "--principle", GENDER])
+    assert f"{ZOMBIE}, {GENDER}" in capsys.readouterr().out
+    assert [Image.open(folder / f"{i:04}.png").text["principle"] for i in (0, 1)] == [f"{ZOMBIE}, {GENDER}", ZOMBIE]
+    with_value = Image.open(folder / "0000.png").tobytes()
+    assert Image.open(folder / "compare.png").size[1] == 2 * (64 + 16)
+    sample.main([*common, "--principle", "none"])
+    assert Image.open(folder / "0000.png").tobytes() != with_value
+    for wrong in (["none", GENDER], [" "], [GENDER, ""]):
+        refused("--principle: expected auto, none alone, or a text", sample.choose_principles, wrong, "a doctor")
+
+
+def test_grid_is_a_full_rectangle_where_there_is_one():
+    images = [Image.new("RGB", (6, 4), (i, 0, 0)) for i in range(8)]
+    sheet = grid(images)
+    assert sheet.size == (4 * 6, 2 * 4)
+    assert [sheet.getpixel((6 * x, 4 * y))[0] for y in range(2) for x in range(4)] == [*range(8)]
+    sizes = {n: grid(images[:1] * n).size for n in (1, 2, 4, 5, 6, 12)}
+    assert sizes == {1: (6, 4), 2: (12, 4), 4: (12, 8), 5: (18, 8), 6: (18, 8), 12: (24, 12)}
+
+
+# ── Precision, memory and speed ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_compiled_unet_generates_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(UNet, "compile", lambda unet: nn.Module.compile(unet, backend="eager", fullgraph=True))
+    options = ["--prompt", "a doctor", "--steps", "3", "--principle", "none", "--dtype", "fp32", "--device", "cpu"]
+    for name, more in ("plain", []), ("compiled", ["--compile"]):
+        sample.main([*options, *more, "--out", str(tmp_path / name)])
+    plain, compiled = (Image.open(tmp_path / name / "0000.png") for name in ("plain", "compiled"))
+    assert abs(pixels([plain]) - pixels([compiled])).max() <= 1
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused("--compile: expected a C.. compiler, got no no-such-compiler", sample.main,
+            [*options, "--compile", "--out", str(tmp_path)])
+
+
+def test_auto_is_bfloat16_where_the_cpu_and_the_model_gain_from_it(monkeypatch):
+    assert pick_device("cpu", "auto") == (torch.device("cpu"), None)
+    assert pick_device("cpu", None)[1] == torch.float32 and pick_device("cpu", "bf16")[1] == torch.bfloat16
+    for able, wide, expected in [(True, 1000, torch.float32), (False, 1, torch.float32), (True, 1, torch.bfloat16)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        monkeypatch.setattr(weights, "WIDE", wide)
+        sd = weights.load(TOKENIZER.parent, dtype=None)
+        assert [next(net.parameters()).dtype for net in (sd.unet, sd.text_encoder, sd.vae)] == [expected] * 3
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.05), (torch.bfloat16, 2)])  # of 255, on average
+def test_channels_last_and_half_precision_generate_about_the_same(shipped, monkeypatch, dtype, tolerance):
+    images = []
+    for wide in (1, 1000):
+        monkeypatch.setattr(weights, "WIDE", wide)
+        sd = weights.load(TOKENIZER.parent, dtype=dtype)
+        assert sd.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last) == (wide == 1)
+        images.append(pixels(image for _, image, _ in sample.generate(sd, "a doctor", "", [], None, [0], steps=4)))
+    full = pixels(image for _, image, _ in sample.generate(shipped[0], "a doctor", "", [], None, [0], steps=4))
+    assert abs(images[0] - images[1]).mean() < tolerance and abs(images[1] - full).mean() < 4 and full.std() > 40
+
+
+def test_keeping_freed_memory_is_harmless_anywhere(monkeypatch):
+    efficiency.keep_freed_memory()
+    monkeypatch.setattr(efficiency.ctypes, "CDLL", lambda name: types.SimpleNamespace())  # no mallopt
+    efficiency.keep_freed_memory(large=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph_equals_plain_steps(small_sd, monkeypatch):
+    context, uncond = torch.randn(2, 2, 77, 24, device="cuda")
+    unet, x = small_sd.unet.cuda(), torch.randn(2, 4, 8, 8, device="cuda")
+    before = x.clone()
+    graphed = [y.clone() for y in denoise(unet, Schedule(SD1), x, context, uncond, steps=5)]
+    monkeypatch.setattr("diffusion.with_context", lambda unet, context, x: lambda x, t: unet(x, t, context))
+    for ours, plain in zip(graphed, denoise(unet, Schedule(SD1), x, context, uncond, steps=5)):
+        assert_close(ours, plain)
+    assert torch.equal(x, before)
+
+
+def stored(unet, context):
+    """-> the output, and the bytes stored for the backward pass, weights aside."""
+    weights_of, found = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights_of:
+            found[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)  # x: so that none is freed
+        return x
+
+    checkpoint = torch.utils.checkpoint.checkpoint
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        patch.setattr("efficiency.checkpoint", lambda f, x, **options: checkpoint(f, pack(x), **options))
+        output = unet(torch.randn(1, 4, 16, 16), 500, context)
+    return output, sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("trick", ["recompute", "frozen convolution", "frozen convolution, channels last"])
+def test_memory_savers_store_less_and_change_nothing(trick, monkeypatch):
+    torch.manual_seed(0)
+    layout = torch.channels_last if "channels last" in trick else torch.contiguous_format
+    unet = UNet(UNetConfig(**UNETS["1.x, two levels"])).eval().requires_grad_(False).to(memory_format=layout)
+    context, results = torch.randn(1, 78, 24, requires_grad=True), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        output, size = stored(unet, context)
+        results.append((output, torch.autograd.grad(output.square().sum(), context)[0], size))
+        if trick == "recompute":
+            monkeypatch.setattr(efficiency, "recompute", lambda f, x: f(x))
+        else:
+            monkeypatch.setattr(efficiency.Conv2d, "forward", nn.Conv2d.forward)
+    (output, gradient, less), (plain, plain_gradient, more) = results
+    assert_close(output, plain, 1e-6)
+    assert_close(gradient, plain_gradient, 1e-5)
+    assert less < (0.8 if trick == "recompute" else 0.9) * more
+
+
+def test_activation_checkpointing_gives_the_same_gradient(sd, dataset, monkeypatch):
+    plain, saved, model = trained_a_little(sd), trained_a_little(sd), copy.deepcopy(sd)
+    train.add_gradient(sd, plain, pairs_of(dataset), Schedule(sd.scheduler), settings())
+    efficiency.checkpoint_layers(model.unet, (ResnetBlock, SpatialTransformer))
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a random state, which a CUDA graph forbids"))
+    train.add_gradient(model, saved, pairs_of(dataset), Schedule(sd.scheduler), settings())
+    assert relative(gradients(saved), gradients(plain)) < 1e-5
+
+
+def test_half_precision_networks_give_about_the_same_gradient(sd, dataset):
+    full, half, model = trained_a_little(sd), trained_a_little(sd), copy.deepcopy(sd)
+    model.unet.bfloat16()
+    model.text_encoder.bfloat16()
+    pairs = pairs_of(dataset)
+    errors = train.add_gradient(sd, full, pairs, Schedule(sd.scheduler), settings())
+    pairs = [replace(pair, prompt_embeds=pair.prompt_embeds.bfloat16()) for pair in pairs]
+    errors_half = train.add_gradient(model, half, pairs, Schedule(sd.scheduler), settings())
+    assert errors_half.dtype == torch.float32 and {p.grad.dtype for p in half.parameters()} == {torch.float32}
+    torch.testing.assert_close(errors_half, errors, rtol=0.01, atol=0)
+    assert relative(gradients(half), gradients(full)) < 0.1
+
+
+# ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_metadata(folder, lines):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 16), "red").save(folder / "a.png")
+    (folder / "metadata.jsonl").write_text("".join(
+        (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+
+
+def entry(**changes):
+    return {"file_name": "a.png", "prompt": "a chef", "value": "gender equality", "label": 1} | changes
+
+
+def good_lines(n=200):
+    return [entry(label=i % 2) for i in range(n)]
+
+
+def test_written_data_is_read_back(tmp_path):
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data.write_scene(tmp_path / "0-career" / "chef", [(images[0], "a “chef”", "value", 1), (images[1], "a nurse", "value", 0)])
+    back, faults = data.read_samples(tmp_path)
+    assert not faults
+    assert [(s.prompt, s.value, s.aligned) for s in back] == [("a “chef”", "value", True), ("a nurse", "value", False)]
+    assert [Image.open(s.path).getpixel((0, 0)) for s in back] == [(255, 0, 0), (0, 0, 255)]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{not json", "Expecting"), ("[1]", "expected an object"), (b"\xff\xfe\x00".decode("latin-1"), "Expecting"),
+    ({"file_name": "a.png", "prompt": "a chef", "value": "v"}, "label"), (entry(label="1"), "integer as label"),
+    (entry(label=True), "integer as label"), (entry(prompt="  "), "text as prompt"), (entry(value=None), "text as value"),
+    (entry(file_name="b.png"), "no file b.png"), (entry(file_name="."), "no file"),
+    (entry(file_name="../../../outside.png"), "leaves the dataset folder"),
+    (entry(file_name="link.png"), "leaves the dataset folder"),
+    (entry(file_name="/etc/hostname"), "leaves the dataset folder"), (entry(file_name="a\0.png"), "null")])
+def test_unusable_line_is_named_and_skipped(tmp_path, line, message):
+    scene = tmp_path / "data" / "0-career" / "chef"
+    write_metadata(scene, [*good_lines(), line])
+    Image.new("RGB", (9, 9)).save(tmp_path / "outside.png")
+    (scene / "link.png").symlink_to(tmp_path / "outside.png")
+    samples, faults = data.read_samples(tmp_path / "data")
+    assert len(samples) == 200 and len(faults) == 1
+    assert f"{scene / 'metadata.jsonl'}:201: " in faults[0] and message in faults[0]
+
+
+def test_more_than_one_percent_unusable_raises(tmp_path):
+    write_metadata(tmp_path / "t" / "s", [*good_lines(99), "{"])
+    assert len(data.read_samples(tmp_path)[1]) == 1
+    write_metadata(tmp_path / "t" / "s", [*good_lines(98), "{", "{"])
+    refused("2 of 100.*metadata.jsonl:99", data.read_samples, tmp_path)
+    refused("expected a dataset", data.read_samples, tmp_path / "nowhere")
+    write_metadata(tmp_path / "p" / data.PRESERVATION_TYPE / "s", [*[entry()] * 200, entry(label=0)])
+    samples, (fault,) = data.read_samples(tmp_path / "p")
+    assert len(samples) == 200 and "metadata.jsonl:201: expected only label 1" in fault
+
+
+@pytest.mark.parametrize("content", [b"no image", "truncated"])
+def test_broken_images_are_named_and_skipped(sd, tmp_path, content):
+    scene = tmp_path / "data" / "t" / "s"
+    write_metadata(scene, [*good_lines(), entry(file_name="broken.png")])
+    if content == "truncated":
+        portraits.render(portraits.sample_record(0)).save(scene / "whole.png")
+        content = (scene / "whole.png").read_bytes()[:-400]
+    (scene / "broken.png").write_bytes(content)
+    for _ in range(2):  # encoding, and from the cache
+        with pytest.warns(match="metadata.jsonl:201: broken.png"):
+            dataset = data.PreferenceDataset(tmp_path / "data", sd, tmp_path / "cache")
+        assert len(dataset) == 100 and dataset.latents.shape[0] == 200
+    write_metadata(scene, [*good_lines(), *[entry(file_name="broken.png")] * 3])
+    refused("3 of 203", data.PreferenceDataset, tmp_path / "data", sd, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("label, missing", [(1, "violating"), (0, "aligned")])
+def test_scene_without_partners_is_skipped_and_counted(sd, tmp_path, label, missing):
+    write_metadata(tmp_path / "data" / "t" / "good", good_lines())
+    write_metadata(tmp_path / "data" / "t" / "lonely", [entry(label=label)] * 2)
+    with pytest.warns(match=f"lonely.*:2: its scene has no {missing} image; skipped"):
+        assert len(data.PreferenceDataset(tmp_path / "data", sd, tmp_path / "cache")) == 100
+    write_metadata(tmp_path / "data" / "t" / "lonely", [entry(label=label)] * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused("at most 1% unusable samples, got 3 of 203", data.PreferenceDataset, tmp_path / "data", sd,
+                tmp_path / "cache")
+
+
+def test_aligned_image_meets_every_violating_one_of_its_scene_and_a_preservation_image_itself(sd, root, tmp_path):
+    image = portraits.render(portraits.sample_record(0))
+    data.write_scene(tmp_path / "data" / "t" / "s", [(image, "a chef", "equality", int(i < 2)) for i in range(6)])
+    pairs = data.PreferenceDataset(tmp_path / "data", sd, tmp_path / "cache")
+    assert len({pairs.pair(position, 0, range(1000)).where for position in range(100)}) == 2 * 4
+    dataset = data.PreferenceDataset(root, sd, tmp_path)
+    position = next(i for i in range(len(dataset)) if data.is_preservation(dataset.aligned_at(i, 0)[0]))
+    pair, (entry_, _) = dataset.pair(position, 0, range(1000)), dataset.aligned_at(position, 0)
+    assert pair.where == f"{entry_.where} and {entry_.where}" and pair.preservation
+    assert 0 < (pair.z_w - pair.z_l).abs().max() < 1 and pair.z_w.std() > 0  # two draws of one distribution
+
+
+def test_cache_key_is_of_weights_and_content(sd, root, dataset, tmp_path):
+    samples, root = data.read_samples(root)[0], root.resolve()
+    key = latents.fingerprint(sd, samples, root)
+    assert key == dataset.key
+    other = copy.deepcopy(sd)
+    next(other.text_encoder.parameters())[0, 0] += 1
+    assert key != latents.fingerprint(other, samples, root)
+    assert key != latents.fingerprint(sd, [replace(samples[0], prompt="another"), *samples[1:]], root)
+    # a plain copy has other file times, a link another name: neither is encoded again
+    shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
+    os.symlink(tmp_path / "copy", tmp_path / "link")
+    for elsewhere in (tmp_path / "copy", tmp_path / "link"):
+        assert latents.fingerprint(sd, data.read_samples(elsewhere)[0], elsewhere.resolve()) == key
+    copied = data.read_samples(tmp_path / "copy")[0]
+    copied[0].path.write_bytes(copied[1].path.read_bytes())
+    assert latents.fingerprint(sd, copied, tmp_path / "copy") != key
+
+
+def test_unfinished_cache_of_a_living_process_stays(sd, root, dataset, tmp_path):
+    files = {}
+    for name, age in ("1", 0), ("2", 2 * latents.STALE):
+        folder = tmp_path / f".{dataset.key}.{name}.tmp"
+        folder.mkdir()
+        files[name] = folder / "latents.bin"
+        files[name].touch()
+        for path in (files[name], folder):
+            os.utime(path, (time.time() - age,) * 2)
+    again = data.PreferenceDataset(root, sd, tmp_path)
+    assert again.key == dataset.key and files["1"].exists() and not files["2"].parent.exists()
+    (tmp_path / again.key / "latents.bin").write_bytes(b"cut")
+    refused("latents.bin: expected a file of .* bytes, got 3; delete its folder", data.PreferenceDataset, root, sd, tmp_path)
+
+
+def test_crop_equals_torchvision():
+    transforms = pytest.importorskip("torchvision.transforms")
+    for size in ((70, 50), (50, 71), (16, 16), (33, 20)):
+        image = Image.effect_noise(size, 90).convert("RGB")
+        reference = transforms.Compose([transforms.Resize(16), transforms.CenterCrop(16), transforms.ToTensor()])
+        torch.testing.assert_close(latents.crop(image, 16), reference(image) * 2 - 1)
+
+
+@pytest.mark.parametrize("group_size", [4, 26])
+def test_group_shares_principle_and_type(sd, root, folder, group_size):
+    dataset = data.PreferenceDataset(root, sd, folder / "cache", group_size)
+    n = sum(math.ceil(pairs / group_size) * group_size for pairs in (26, 26, 26, 26, 13))  # last groups are filled up
+    pairs = [dataset.pair(position, 0, range(1000)) for position in range(2 * n)]
+    groups = [{(pair.principle, pair.preservation) for pair in pairs[i:i + group_size]}
+              for i in range(0, 2 * n, group_size)]
+    assert all(len(group) == 1 for group in groups) and [*map(min, groups)] != sorted(map(min, groups))
+    for epoch in (pairs[:n], pairs[n:]):
+        assert {pair.where.split(" and ")[0] for pair in epoch} == {sample.where for sample, _ in dataset.aligned}
+
+
+# ── Runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_run_leaves_encoder_log_samples_settings_and_checkpoint(whole_run, sd):
+    lines = [json.loads(line) for line in (whole_run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10))
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert {path.name for path in whole_run.iterdir()} == {
+        "value_encoder", "log.jsonl", "samples", "settings.json", "checkpoint.pt"}
+    back, initial = weights.load_text_encoder(whole_run / "value_encoder"), sd.text_encoder.state_dict()
+    assert any(not torch.equal(tensor, initial[name]) for name, tensor in back.state_dict().items())
+    refused("--resume", train.main, [*run_settings(whole_run.parent, "x"), "--out", str(whole_run)])
+
+
+def test_preset_of_the_checkpoint_holds_unless_an_option_is_given(tmp_path):
+    _, s, folder = train.parse_args(["--steps", "7", "--out", str(tmp_path / "run")])
+    preset = runs.load_preset(train.TINY_SD)
+    assert s.data == train.TOY and s.steps == 7 and {k: getattr(s, k) for k in preset if k != "steps"} == {
+        k: v for k, v in preset.items() if k != "steps"} and folder == tmp_path / "run"
+    (tmp_path / "livo.toml").write_text("lr = 'fast'")
+    refused("livo.toml: expected options of train.py, got: .*--lr", train.parse_args, ["--weights", str(tmp_path)])
+    (tmp_path / "livo.toml").write_text("lr = ")
+    refused("livo.toml: expected settings in TOML", train.parse_args, ["--weights", str(tmp_path)])
+
+
+def test_zero_learning_rate_ends_at_the_initial_value_encoder(sd, folder, root):
+    first, second = folder / "initial", folder / "from-it"
+    train.main([*run_settings(folder, root), "--steps", "2", "--out", str(first)])
+    train.main([*run_settings(folder, root), "--steps", "1", "--lr", "0", "--init", str(first), "--out", str(second)])
+    before, after = (load_file(run / "value_encoder" / "model.safetensors") for run in (first, second))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], tensor) for name, tensor in sd.text_encoder.state_dict().items())
+
+
+def test_resume_refuses_other_data_and_damaged_files(folder, whole_run, tmp_path):
+    toy.render_pairs(tmp_path / "other", pairs=dict.fromkeys(toy.PAIRS, 2), preservation={})
+    run = folder / "changed"
+    shutil.copytree(whole_run, run)
+    resume = ["--resume", str(run), "--steps", "11", "--device", "cpu"]
+    before = (run / "settings.json").read_text()
+    refused("expected the data, the weights and their dtype that the run began with", train.main,
+            [*resume, "--data", str(tmp_path / "other")])
+    assert (run / "settings.json").read_text() == before
+    log, found = run / "log.jsonl", (run / "log.jsonl").read_text()
+    log.write_text("{" + found)
+    refused("log.jsonl: expected a JSON object on each of the first", train.main, resume)
+    log.write_text(found)
+    for wrong in ({"batch": "x"}, {"t_low": 3}, {"beard": 1}):
+        (run / "settings.json").write_text(json.dumps(json.loads(before) | wrong))
+        refused(f"settings.json: expected options of train.py, got: .*{next(iter(wrong)).replace('_', '-')}", train.main, resume)
+    (run / "settings.json").write_text(before)
+    (run / "checkpoint.pt").write_bytes((whole_run / "checkpoint.pt").read_bytes()[:1000])
+    refused("checkpoint.pt: expected a checkpoint", train.main, resume)
+
+
+def test_signal_writes_a_checkpoint(folder, root):
+    run = folder / "stopped"
+    process = start(*run_settings(folder, root, steps=10**6, save_every=10**6), "--out", run)
+    wait_for_steps(process, run, 3)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert step == steps_in(run) >= 3 and f"stopped after step {step}" in output and "Traceback" not in output
+
+
+def test_two_processes_equal_one(folder, root, whole_run):
+    run = folder / "two"
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20_000, 60_000))}
+    processes = [start(*run_settings(folder, root, micro_batch=1), "--out", run, RANK=rank, LOCAL_RANK=rank, **env)
+                 for rank in "01"]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    two, one = (weights.read_tensors(r / "value_encoder" / "model.safetensors") for r in (run, whole_run))
+    assert relative(two, one) < 1e-4  # Adam turns the rounding of the smallest gradients into full steps
+    logs = [[json.loads(line) for line in open(r / "log.jsonl")] for r in (run, whole_run)]
+    for line_two, line_one in zip(*logs):
+        assert line_two == pytest.approx(line_one, rel=1e-3, abs=1e-5)
+
+
+def test_non_finite_error_stops_the_run_and_names_the_pair(sd, dataset, tmp_path, monkeypatch):
+    s, whole = settings(), dataset.pair
+    train.fit(sd, dataset, replace(s, steps=2), tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def pair(position, *args):
+        pair = whole(position, *args)
+        return replace(pair, z_l=pair.z_l * math.nan) if position == 3 * 4 + 1 else pair
+
+    monkeypatch.setattr(dataset, "pair", pair)
+    refused("step 3.*at " + whole(13, s.seed, range(1000)).where.replace("[", "\\["), train.fit, sd, dataset, s, tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_warning_if_the_margins_are_too_small():
+    line = {"active_w": 0.1, "active_l": 0.05, "delta_w": -0.001, "delta_l": 0.001, "ref": 0.08}
+    with pytest.warns(match=r"γ1/β = 0.001 .*--gamma1 4e\+01 --gamma2 2e\+01"):
+        runs.warn_if_saturated([line] * 50, train.Settings())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fine in ({"active_w": 0.5}, {"delta_l": 0.02}):
+            runs.warn_if_saturated([line | fine] * 50, train.Settings())
+        runs.warn_if_saturated([line] * 50, train.Settings(beta=0.0))  # one hinge is off: there is no such margin
+
+
+def test_loss_of_a_step_without_effect_is_the_sum_of_the_margins(sd, dataset, monkeypatch):
+    monkeypatch.setattr(train, "make_context", lambda sd, prompts, principles, value_encoder, prompt_embeds:
+                        prompt_embeds.clone().requires_grad_())
+    s = settings(gamma1=1.0, gamma2=0.5)
+    errors = train.add_gradient(sd, None, pairs_of(dataset), Schedule(sd.scheduler), s)
+    assert_close(errors[::2], errors[1::2], 1e-5)
+    line = train.summarize(0, errors, [BLOODY] * 4, s)
+    assert line["loss"] == pytest.approx(1.5, rel=1e-3) and line["active_w"] == line["active_l"] == 1
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--data", "nowhere"], "expected a dataset"), (["--resume", "nowhere"], "no settings.json"),
+    (["--lr", "-1"], "expected 0"), (["--weights", "nowhere"], "--data too"),
+    (["--weights", "someones/tiny-sd"], "--data too"), (["--resume", "runs/a", "--out", "runs/b"], "expected one of them")])
+def test_user_errors_of_train(folder, options, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if options[0] != "--weights":
+        options = ["--weights", str(folder / "model"), *options]
+    refused(message, train.main, options)
+    assert not list(tmp_path.glob("runs/livo/[!s]*"))  # at most the settings
