@@ -64,8 +64,8 @@ UNETS = {
 }
 
 
-def assert_close(ours, theirs, tolerance=1e-4):
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+def assert_close(ours, reference, tolerance=1e-4):
+    assert (ours - reference).abs().max() <= tolerance * reference.abs().max()
 
 
 CORPUS = 4 * [

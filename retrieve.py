@@ -14,11 +14,6 @@ NUDITY, BLOODY, ZOMBIE = (f"{scene} considered inappropriate" for scene in ("nud
 BIAS, TOXIC = (GENDER, RACE), (NUDITY, BLOODY, ZOMBIE)
 
 
-def is_bias(principle):
-    """Is it a bias principle, such as "age equality"? Bias principles ask for balance, others for an absence."""
-    return principle.strip().lower().endswith("equality")
-
-
 def retrieve(prompt):
     """The list of principles that `prompt` calls for, toxic ones first; empty if there is none.
 

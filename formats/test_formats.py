@@ -41,11 +41,11 @@ def published_names(model):
 
 
 def assert_same(sd, pipe, dtype=torch.float32):
-    for ours, theirs in ((sd.unet.state_dict(), pipe.unet.state_dict()), (sd.vae.state_dict(), pipe.vae.state_dict()),
+    for ours, ref in ((sd.unet.state_dict(), pipe.unet.state_dict()), (sd.vae.state_dict(), pipe.vae.state_dict()),
                          (sd.text_encoder.state_dict(), published_names(pipe.text_encoder))):
-        assert ours.keys() == theirs.keys()
+        assert ours.keys() == ref.keys()
         for name in ours:
-            assert torch.equal(ours[name], theirs[name].to(dtype).to(ours[name].dtype)), name
+            assert torch.equal(ours[name], ref[name].to(dtype).to(ours[name].dtype)), name
 
 
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -131,7 +131,7 @@ def test_old_parameter_names(pipe, sd_folder, old, ones, prefix):
 
 RESNET = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
           ("norm2", "out_layers.0"), ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection")]
-UNET = [(rf"(resnets\.\d)\.{ours}", rf"\1.{theirs}") for ours, theirs in RESNET] + [
+UNET = [(rf"(resnets\.\d)\.{ours}", rf"\1.{ref}") for ours, ref in RESNET] + [
     (r"time_embedding\.linear_1", "time_embed.0"), (r"time_embedding\.linear_2", "time_embed.2"),
     ("^conv_in", "input_blocks.0.0"), ("^conv_norm_out", "out.0"), ("^conv_out", "out.2"),
     (r"mid_block\.resnets\.0", "middle_block.0"), (r"mid_block\.attentions\.0", "middle_block.1"),
@@ -194,14 +194,14 @@ def test_compvis_sd1(pipe, published, tmp_path):
     sd = weights.load(file, tokenizer=TOKENIZER)
     assert_same(sd, pipe)
     for key, value in vars(sd.unet.config).items():
-        theirs = pipe.unet.config[key]
-        assert value == (tuple(theirs) if isinstance(theirs, list) else theirs), key
+        ref = pipe.unet.config[key]
+        assert value == (tuple(ref) if isinstance(ref, list) else ref), key
     assert sd.text_encoder.config.eos_token_id == sd.tokenizer.eos_token_id == 703
     # diffusers' own single-file loader agrees with the layout that this test writes
     for cls, name in ((diffusers.UNet2DConditionModel, "unet"), (diffusers.AutoencoderKL, "vae")):
-        theirs = cls.from_single_file(str(file), config=str(published / name)).state_dict()
+        ref = cls.from_single_file(str(file), config=str(published / name)).state_dict()
         for key, t in getattr(pipe, name).state_dict().items():
-            assert torch.equal(theirs[key], t), key
+            assert torch.equal(ref[key], t), key
 
     shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
     nested = {re.sub("^first_stage_model", "vae", name): t for name, t in state.items()}
@@ -378,11 +378,11 @@ def test_value_encoder_files(pipe, published, tmp_path):
     assert not list(model.buffers())
     for _ in range(2):  # the next checkpoint replaces the last
         weights.save_text_encoder(model, tmp_path / "mine")
-    theirs, info = transformers.CLIPTextModel.from_pretrained(tmp_path / "mine", output_loading_info=True)
+    ref, info = transformers.CLIPTextModel.from_pretrained(tmp_path / "mine", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert all(name.startswith("text_model.") for name in load_file(tmp_path / "mine/model.safetensors"))
     ids = torch.tensor([[49406, 320, 2368, 49407, 49407]])
-    (hidden, pooled), expected = model(ids), theirs(ids)
+    (hidden, pooled), expected = model(ids), ref(ids)
     assert torch.allclose(hidden, expected.last_hidden_state, atol=1e-5)
     assert torch.allclose(pooled, expected.pooler_output, atol=1e-5)
     refused("expected the config.json of a text encoder", weights.load_text_encoder, published)
@@ -398,11 +398,11 @@ def test_unpadded_context_is_that_of_the_authors(tmp_path):
     sd, prompt = weights.load(TOKENIZER.parent), "a portrait of a doctor"
     ours = load_value_encoder(None, TOKENIZER.parent, sd)
     weights.save_text_encoder(ours, tmp_path / "run" / "value_encoder")
-    theirs = transformers.CLIPTextModel.from_pretrained(tmp_path / "run", subfolder="value_encoder")
+    ref = transformers.CLIPTextModel.from_pretrained(tmp_path / "run", subfolder="value_encoder")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(TOKENIZER.parent, torch_dtype=torch.float32)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     read = partial(pipe.tokenizer, return_tensors="pt")
-    value = theirs(read(f"{GENDER}, {prompt}").input_ids).pooler_output[:, None]
+    value = ref(read(f"{GENDER}, {prompt}").input_ids).pooler_output[:, None]
     context = torch.cat([value, pipe.text_encoder(read(prompt).input_ids)[0]], dim=1)
     empty = pipe.text_encoder(read("", padding="max_length", max_length=context.shape[1]).input_ids)[0]
     assert torch.allclose(unpadded.make_context(sd, [prompt], GENDER, ours), context, atol=1e-5)
@@ -439,17 +439,17 @@ def test_diffusers_opens_what_we_save(which, request, tmp_path):
     assert load_file(folder / "unet" / WEIGHTS)["conv_in.weight"].dtype == torch.float16
 
     save(sd, folder, torch.float32)
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    assert_same(sd, theirs)
-    assert theirs.scheduler.config.prediction_type == sd.scheduler["prediction_type"]
-    assert theirs.safety_checker is None
+    ref = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert_same(sd, ref)
+    assert ref.scheduler.config.prediction_type == sd.scheduler["prediction_type"]
+    assert ref.safety_checker is None
     x, prompts = torch.randn(1, 4, 8, 8), ["a cat", "a dog of some kind"]
     ids = sd.tokenizer(prompts)
-    assert torch.equal(ids, theirs.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids)
+    assert torch.equal(ids, ref.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids)
     with torch.no_grad():
-        context, expected = sd.text_encoder(ids[:1])[0], theirs.text_encoder(ids[:1])[0]
-        assert torch.allclose(sd.unet(x, torch.tensor([9]), context), theirs.unet(x, 9, expected).sample, atol=1e-4)
-        assert torch.allclose(sd.vae.decode(x), theirs.vae.decode(x / 0.18215).sample, atol=1e-4)
+        context, expected = sd.text_encoder(ids[:1])[0], ref.text_encoder(ids[:1])[0]
+        assert torch.allclose(sd.unet(x, torch.tensor([9]), context), ref.unet(x, 9, expected).sample, atol=1e-4)
+        assert torch.allclose(sd.vae.decode(x), ref.vae.decode(x / 0.18215).sample, atol=1e-4)
 
 
 def test_saving_is_atomic(published, tmp_path, monkeypatch):
@@ -575,10 +575,10 @@ def test_trained_tokenizers(small_tokenizer, tmp_path):
 
     save_tokenizer(small_tokenizer, tmp_path / "ours")
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "ours")
-    reference.save_pretrained(tmp_path / "theirs")  # tokenizer.json instead of vocab.json
-    assert not (tmp_path / "theirs/vocab.json").exists() and reference.model_max_length == 77
+    reference.save_pretrained(tmp_path / "ref")  # tokenizer.json instead of vocab.json
+    assert not (tmp_path / "ref/vocab.json").exists() and reference.model_max_length == 77
     expected = ids_of(reference, CORPUS + TEXTS)
-    for tokenizer in (small_tokenizer, CLIPTokenizer(tmp_path / "ours"), CLIPTokenizer(tmp_path / "theirs")):
+    for tokenizer in (small_tokenizer, CLIPTokenizer(tmp_path / "ours"), CLIPTokenizer(tmp_path / "ref")):
         assert ids_of(tokenizer, CORPUS + TEXTS).equal(expected)
     save_tokenizer(train_tokenizer(iter(CORPUS), 560), tmp_path / "again")
     for path in (tmp_path / "ours").iterdir():

@@ -30,7 +30,7 @@ import shutil
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import torch

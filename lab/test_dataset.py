@@ -19,7 +19,6 @@ import data
 import sample
 import train
 import weights
-from common import UserError
 from conftest import REPOSITORY, StubClassifier, refused
 from formats.export import save
 from lab import dataset, portraits
