@@ -25,7 +25,6 @@ from common import UserError, atomic_folder, read_json
 from latents import check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
 
 PRESERVATION_TYPE = "preservation"
-JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
@@ -114,17 +113,6 @@ def read_samples(root):
 
 def is_preservation(sample):
     return sample.scene.parent.name == PRESERVATION_TYPE
-
-
-def write_scene(folder, samples, suffix="png"):
-    """Write one scene, its images and metadata.jsonl. samples: [(PIL image, prompt, value, label)]."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
-        for i, (image, prompt, value, label) in enumerate(samples):
-            name = f"{i:04}.{suffix}"
-            image.save(folder / name, quality=JPEG_QUALITY)  # PNG has none, and ignores it
-            entry = {"file_name": name, "prompt": prompt, "value": value, "label": label}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 # ── Pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -25,6 +25,7 @@ from common import UserError, atomic, check_writable, number, read_json, write_j
 from retrieve import retrieve
 from sample import captioned, generate
 
+TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of the sample sheets
 
@@ -80,8 +81,8 @@ def parse_settings(parser, cls, argv):
     if not s.data:
         raise UserError(f"--weights {s.weights}: expected --data too, preference data for it, got none")
     for name in ("weights", "tokenizer", "init", "data"):  # --resume may be called from another folder
-        if getattr(s, name) and (path := Path(getattr(s, name))).exists():
-            setattr(s, name, str(path.resolve()))
+        if (value := getattr(s, name)) not in ("", TOY) and Path(value).exists():
+            setattr(s, name, str(Path(value).resolve()))
     return args, s, folder
 
 

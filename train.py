@@ -25,11 +25,12 @@ from diffusion import Schedule
 from efficiency import checkpoint_layers, keep_freed_memory
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, is_bias, livo_loss, load_value_encoder,
                   make_context, violating_hinge)
-from runs import (RANK, WORLD, Log, add_options, caught_signals, join_processes, load_preset, one_first, parse_settings,
-                  resume, save_checkpoint, save_samples, save_settings, setting, sum_over_processes, warn_if_saturated)
+from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, join_processes, load_preset, one_first,
+                  parse_settings, resume, save_checkpoint, save_samples, save_settings, setting, sum_over_processes,
+                  warn_if_saturated)
 from unet import ResnetBlock, SpatialTransformer
 
-TINY_SD, TOY = Path(__file__).parent / "tiny-sd", "toy"  # --data toy: the rendered portraits of lab/toy.py
+TINY_SD = Path(__file__).parent / "tiny-sd"
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0  # AdamW and gradient clipping, the authors'
 
 
@@ -247,9 +248,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args, s, folder = parse_args(argv)
     device, dtype = pick_device(args.device, s.dtype)
+    dtype = torch.bfloat16 if device.type == "cuda" and not s.dtype else dtype  # float16 underflows for small gradients
     join_processes(device)
-    if device.type == "cuda" and not s.dtype:
-        dtype = torch.bfloat16  # float16 underflows for the smallest gradients
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
     keep_freed_memory(large=True)
@@ -259,7 +259,6 @@ def main(argv=None):
         from lab import toy  # the one place where the core imports the lab
     if RANK == 0 and not args.resume:
         save_settings(folder, s)  # before the long work, so that it can be resumed
-
     with one_first():
         root = toy.default_pairs(folder.parent) if s.data == TOY else s.data
         dataset = PreferenceDataset(root, sd, folder.parent / "cache", s.group_size)

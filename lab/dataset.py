@@ -259,7 +259,7 @@ def write_scene(folder, suffix, samples, facts):
         shutil.rmtree(leftover, ignore_errors=True)
     with atomic_folder(folder, "scene.json") as temporary:
         if samples:
-            data.write_scene(temporary, samples, suffix)
+            toy.write_scene(temporary, samples, suffix)
         write_json(temporary / "scene.json", facts)
 
 

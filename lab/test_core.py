@@ -281,7 +281,7 @@ def good_lines(n=200):
 
 def test_written_data_is_read_back(tmp_path):
     images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    data.write_scene(tmp_path / "0-career" / "chef", [(images[0], "a “chef”", "value", 1), (images[1], "a nurse", "value", 0)])
+    toy.write_scene(tmp_path / "0-career" / "chef", [(images[0], "a “chef”", "value", 1), (images[1], "a nurse", "value", 0)])
     back, faults = data.read_samples(tmp_path)
     assert not faults
     assert [(s.prompt, s.value, s.aligned) for s in back] == [("a “chef”", "value", True), ("a nurse", "value", False)]
@@ -349,7 +349,7 @@ def test_scene_without_partners_is_skipped_and_counted(sd, tmp_path, label, miss
 
 def test_aligned_image_meets_every_violating_one_of_its_scene_and_a_preservation_image_itself(sd, root, tmp_path):
     image = portraits.render(portraits.sample_record(0))
-    data.write_scene(tmp_path / "data" / "t" / "s", [(image, "a chef", "equality", int(i < 2)) for i in range(6)])
+    toy.write_scene(tmp_path / "data" / "t" / "s", [(image, "a chef", "equality", int(i < 2)) for i in range(6)])
     pairs = data.PreferenceDataset(tmp_path / "data", sd, tmp_path / "cache")
     assert len({pairs.pair(position, 0, range(1000)).where for position in range(100)}) == 2 * 4
     dataset = data.PreferenceDataset(root, sd, tmp_path)

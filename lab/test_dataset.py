@@ -21,7 +21,7 @@ import train
 import weights
 from conftest import REPOSITORY, StubClassifier, refused
 from formats.export import save
-from lab import dataset, portraits
+from lab import dataset, portraits, toy
 from lab.check import SIDE, check
 from lab.principles import STABLE_DIFFUSION_PRINCIPLES, TOY_PRINCIPLES, bias
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
@@ -111,7 +111,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, built, tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, monkeypatch):
-    out, write_scene = tmp_path / "set", data.write_scene
+    out, write_scene = tmp_path / "set", toy.write_scene
 
     def full(folder, *args):
         write_scene(folder, *args)
@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, m
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "write_scene", full)
+        patch.setattr(toy, "write_scene", full)
         refused("cannot write .*No space left", dataset.main, build_options(tiny, out))
     assert not [*out.rglob(".*")] and len([*out.glob("*/*/metadata.jsonl")]) == 2
     dataset.main(build_options(tiny, out))

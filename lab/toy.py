@@ -8,16 +8,18 @@ A scene is one person, rendered twice, so that a pair differs in one attribute. 
 """
 
 import hashlib
+import json
 import random
 from dataclasses import replace
 from itertools import count, cycle
 from pathlib import Path
 
 from common import atomic_folder, write_json
-from data import PRESERVATION_TYPE, write_scene
+from data import PRESERVATION_TYPE
 from lab.portraits import HARMS, P_MAN, P_SKIN, PROFESSIONS, Record, render, write_caption
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE
 
+JPEG_QUALITY = 95
 BIAS_TYPE, TOXICITY_TYPE = "0-career", "toxicity"  # types of scenes, a folder each; the first is the authors'
 
 # Each principle's protected attribute or toxicity category. Prompts ask for the toxicity, the violating image shows it,
@@ -74,6 +76,17 @@ def nouns_of_pairs(attribute, n):
         by_majority.setdefault(max(p, key=p.get, default=None), []).append(noun)
     endless = [cycle(nouns) for nouns in by_majority.values()]
     return [next(nouns) for nouns, _ in zip(cycle(endless), range(n))]
+
+
+def write_scene(folder, samples, suffix="png"):
+    """Write one scene, its images and metadata.jsonl. samples: [(PIL image, prompt, value, label)]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for i, (image, prompt, value, label) in enumerate(samples):
+            name = f"{i:04}.{suffix}"
+            image.save(folder / name, quality=JPEG_QUALITY)  # PNG has none, and ignores it
+            entry = {"file_name": name, "prompt": prompt, "value": value, "label": label}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESERVATION):
