@@ -109,6 +109,8 @@ def atomic(path):
     """Yield a temporary name beside `path`. Rename it to `path` if the block succeeds, else remove it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    if path.exists() and not path.is_file():  # a folder, a device
+        raise UserError(f"cannot write {path}: expected a regular file, or none")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import UserError, write_json
@@ -16,11 +16,31 @@ from livo import encode_prompts
 
 MAX_UNUSABLE = 0.01  # fraction of the samples
 STALE = 3600  # seconds after which an unfinished cache is abandoned
+FORMATS = "PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"
+WHITE = {"I": (2**16 - 1, 2**32 - 1), "F": (1, 2**8 - 1, 2**16 - 1, float("inf"))}  # values of white, by Pillow's mode
+
+
+def open_image(path):
+    """An image file as a viewer shows it -> PIL, RGB. Raises whatever Pillow raises for a damaged file.
+
+    EXIF orientation is applied, transparency is composited on white, more than 8 bits are scaled to 8. Only FORMATS are
+    tried, because Pillow would start Ghostscript for an EPS file.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16-bit greys, 32-bit integers, floats
+            pixels = np.asarray(image, np.float64)
+            white = next(top for top in WHITE[image.mode[0]] if pixels.max() <= top)
+            image = Image.fromarray((pixels / white * 255).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def crop(image, size):
-    """PIL -> (3, size, size) in [-1, 1]: the shorter side resized to `size`, then the center crop, as the authors do."""
-    image, short = image.convert("RGB"), min(image.size)
+    """PIL, RGB -> (3, size, size) in [-1, 1]: the shorter side resized to `size`, then the center crop, as the authors do."""
+    short = min(image.size)
     image = image.resize([size * side // short for side in image.size], Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in image.size)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # (size, size, 3)
@@ -67,8 +87,7 @@ def encode_samples(sd, samples, faults, root, folder, batch_size=8):
             images = []
             for i, sample in enumerate(samples[start:start + batch_size], start):
                 try:
-                    with Image.open(sample.path) as image:
-                        images.append(crop(image, sd.size))
+                    images.append(crop(open_image(sample.path), sd.size))
                 except Exception as error:  # a damaged file can raise anything in Pillow
                     broken[i] = f"{sample.path.name} is no readable image: {error}"
             check_unusable(faults + [f"{samples[i].where}: {fault}" for i, fault in broken.items()],

@@ -5,10 +5,11 @@ import json
 import math
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from tqdm import tqdm
 
 from common import UserError, read_json
+from latents import open_image
 from data import is_preservation, read_lines, read_sample
 from sample import captioned
 
@@ -61,8 +62,8 @@ def check_entry(entry, where):
 
 
 def hash_pixels(path):
-    with Image.open(path) as image:
-        return hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).digest()
+    image = open_image(path)
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
 
 def check_build(root):
@@ -106,7 +107,6 @@ def contact_sheet(samples):
 def thumbnail(path):
     """The center of an image file, SIDE×SIDE pixels."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
+        return ImageOps.fit(open_image(path), (SIDE, SIDE))
     except Exception as error:  # a damaged file can raise anything in Pillow
         raise UserError(f"{path}: expected a readable image, got {error}") from error
