@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 import sample
 import weights
 from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from conftest import CORPUS, SHARED, TOKENIZER, edit_json, fetch, pixels, refused
+from conftest import SHARED, TOKENIZER, edit_json, pixels, refused
 from formats import unpadded
 from formats.export import save, save_tokenizer
 from formats.files import weight_files
+from formats.fixtures import CORPUS, fetch
 from lab.tokenizer import train_tokenizer
 from livo import load_value_encoder
 from retrieve import GENDER
