@@ -93,7 +93,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, built, tmp_path):
     call = [sys.executable, "-c", STUB + "import sys\ndataset.main(sys.argv[1:])", *build_options(tiny, out)]
     options = {"cwd": REPOSITORY, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(call, stdout=subprocess.DEVNULL, **options)
-    while len([*out.glob("*/*/scene.json")]) < 3 and process.poll() is None:
+    while len([*out.glob("*/[!.]*/scene.json")]) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, m
 
     def full(folder, *args):
         write_scene(folder, *args)
-        if len([*out.glob("*/*/scene.json")]) == 2:
+        if len([*out.glob("*/[!.]*/scene.json")]) == 2:
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
