@@ -241,9 +241,8 @@ def test_preservation_pairs_are_held_to_the_reference_models_prediction(sd, data
 
 # ── Sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-CONFIGS = {"sd1": SD1, "defaults": {"steps_offset": 1, "clip_sample": False},
-           "v": {**SD1, "prediction_type": "v_prediction"}} | {
-    name: {**SD1, "timestep_spacing": name} for name in ("leading", "linspace", "trailing")}
+SPACED = {spacing: SD1 | {"timestep_spacing": spacing} for spacing in ("leading", "linspace", "trailing")}
+CONFIGS = SPACED | {"v": SD1 | {"prediction_type": "v_prediction"}, "plain": {"steps_offset": 1, "clip_sample": False}}
 
 
 def model(x, t):

@@ -12,6 +12,7 @@ import time
 import types
 import warnings
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -331,6 +332,19 @@ def test_aligned_image_meets_every_violating_one_of_its_scene_and_a_preservation
     pair, (sample, _) = dataset.pair(position, 0, range(1000)), dataset.aligned_at(position, 0)
     assert pair.where == f"{sample.where} and {sample.where}" and pair.preservation
     assert 0 < (pair.z_w - pair.z_l).abs().max() < 1 and pair.z_w.std() > 0  # two draws of one distribution
+
+
+def test_both_images_of_a_pair_are_mirrored_or_neither(dataset, monkeypatch):
+    without_noise = dataset.latents.clone()
+    without_noise[:, :, 1] = -30  # the log-variance
+    monkeypatch.setattr(dataset, "latents", without_noise)
+    rows = {sample.where: row for sample, row in chain(dataset.aligned, *dataset.violating.values())}
+
+    def nearest(z, where):  # 0: the latent of the image, 1: that of the mirrored image
+        return (dataset.latents[rows[where], :, 0].float() - z).square().mean((1, 2, 3)).argmin().item()
+
+    assert {(nearest(pair.z_w, w), nearest(pair.z_l, l)) for pair in pairs_of(dataset, 20)
+            for w, l in [pair.where.split(" and ")]} == {(0, 0), (1, 1)}
 
 
 def test_cache_key_is_of_weights_and_content(sd, root, dataset, tmp_path):
