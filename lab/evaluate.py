@@ -40,6 +40,7 @@ from lab.pretrain import HELD_OUT, psnr, render_images, stack, to_float
 from lab.principles import TOY_PRINCIPLES
 from lab.prompts import make_prompts, prompt_sets
 from livo import is_bias, load_value_encoder, make_context, make_uncond, spread
+from runs import SAMPLING
 from sample import generate, grid, sample_images
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,6 @@ FIRST_SEED = 0  # of the generated images; the seeds count on from prompt to pro
 RENDERED_SEEDS, REFERENCE_SEEDS = HELD_OUT, 2 * HELD_OUT  # of two rendered sets
 CHECK_IMAGES = 2000  # held out, to check the classifier
 DISTANCE = "pixel distance to base, 0 … 255"
-QUICK_SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
 VERSION = 1  # part of every cache key: raise it when the code generates other images from the same settings
 
 
@@ -378,7 +378,7 @@ def print_quick_table(sd, value_encoder, principles, professions=("doctor", "nur
             predictions = []
             for i, prompt in enumerate(prompts_about(attribute, professions)):
                 seeds = range(i * n, i * n + n)
-                images = by_seed(generate(sd, prompt, "", active, value_encoder, seeds, **QUICK_SAMPLING))
+                images = by_seed(generate(sd, prompt, "", active, value_encoder, seeds, **SAMPLING))
                 predictions.append(classifier.classify(images)[attribute])
             values.append(metric(torch.stack(predictions).numpy()))  # of (professions, n)
         if name in BIAS:
