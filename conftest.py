@@ -25,6 +25,7 @@ from common import UserError
 from formats.export import save
 from lab import classifier as classifier_module
 from lab import portraits, toy
+from lab.captions import write_caption
 from lab.prompts import make_prompts
 from lab.tokenizer import train_tokenizer
 from livo import ValueEncoder
@@ -123,7 +124,7 @@ def sd():
     vae = VAE(VAEConfig(block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=8))
     text = CLIPTextModel(CLIPTextConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                         num_attention_heads=2, eos_token_id=599))
-    captions = [portraits.write_caption(portraits.sample_record(seed)) for seed in range(500)]
+    captions = [write_caption(portraits.sample_record(seed)) for seed in range(500)]
     networks = [network.eval().requires_grad_(False) for network in (unet, vae, text)]
     tokenizer = train_tokenizer([*captions, *toy.PRINCIPLES], 600)
     return weights.StableDiffusion(*networks, tokenizer, weights.SCHEDULER | {"prediction_type": "epsilon"})

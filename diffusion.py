@@ -46,6 +46,17 @@ class Schedule:
             raise UserError(f"expected prediction_type epsilon or v_prediction, got {self.prediction_type}")
         self.config = config
 
+    def min_snr_weight(self, t, gamma):
+        """The weight of the error at timesteps t, min(SNR, γ) / SNR with SNR = ᾱ / (1 − ᾱ), arXiv 2303.09556.
+
+        1 where gamma is 0. For v-prediction it is divided by SNR + 1 in place of SNR.
+        """
+        abar = self.alphas_cumprod[t]
+        snr = abar / (1 - abar)
+        if not gamma:
+            return torch.ones_like(snr)
+        return snr.clamp(max=gamma) / (snr + (self.prediction_type == "v_prediction"))
+
     def timesteps(self, steps, sampler="ddim"):
         """The timesteps at which the UNet is evaluated: `steps` falling integers of 0 … T − 1.
 

@@ -61,6 +61,7 @@ class Settings:
     beta: float = setting(BETA, "slope β of the aligned hinge")
     gamma1: float = setting(GAMMA1, "margin of the aligned hinge")
     gamma2: float = setting(GAMMA2, "margin of the violating hinge")
+    snr_gamma: float = setting(0.0, "γ of min-SNR weighting over timesteps (arXiv 2303.09556); 0: all weigh the same")
     seed: int = setting(0, "of the order of the pairs and of all noise", 0, 2**63)
     save_every: int = setting(500, "steps between checkpoints", 1)
     sample_every: int = setting(1000, "steps between sample sheets", 1)
@@ -122,6 +123,7 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     prompt_embeds, z_w, z_l, eps, preservation, t = collate(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
     refs, targets = reference_errors(sd.unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation)
+    weight = schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device)  # (B,)
     context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # (B, 78, C)
     leaf = context.detach().requires_grad_()  # cuts the graph between UNet and value encoder
     hinges = (partial(aligned_hinge, beta=s.beta, gamma1=s.gamma1),
@@ -129,7 +131,7 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     errors = []
     for z, target, ref, hinge in zip((z_w, z_l), targets, refs, hinges):
         output, _ = predict(sd.unet, schedule, eps, t, z, leaf)
-        err = denoising_error(output, target)  # (B,)
+        err, ref = weight * denoising_error(output, target), weight * ref  # (B,)
         loss = hinge(err, ref).sum() / s.batch
         if loss > 0:  # otherwise all of these hinges are saturated
             loss.backward()

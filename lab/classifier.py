@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common import UserError, atomic
 from lab import portraits
 from lab.clip_image import zero_shot
-from lab.pretrain import stack, to_float
+from lab.portraits import stack, to_float
 
 # The classes of each attribute. The skin of zombies is not classified: they are green.
 ATTRIBUTES = {"profession": portraits.PROFESSIONS, "gender": portraits.GENDERS, "skin": portraits.SKINS}

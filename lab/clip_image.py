@@ -19,11 +19,13 @@ from PIL import Image
 from torch import nn
 
 from clip_text import ACTIVATIONS, CLIPEncoderLayer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from common import UserError, read_json
+from common import UserError, atomic_folder, read_json, write_json
 from formats.checks import fit_to_tokenizer, listing
+from formats.export import save_tokenizer
 from formats.files import weight_files
 from formats.hub import locate
-from lab.pretrain import stack
+from lab.portraits import stack
+from safetensors.torch import save_file
 from weights import SubModel, build, read_tensors
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -65,9 +67,6 @@ class CLIPConfig:
         vision = CLIPVisionConfig(**{name: parts[1][name] for name in names if name in parts[1]})
         if vision.hidden_act not in ACTIVATIONS:
             raise UserError(f"image encoder: expected hidden_act {' or '.join(ACTIVATIONS)}, got {vision.hidden_act}")
-        if text.max_position_embeddings < CLIPTokenizer.max_length:
-            raise UserError(f"text encoder: expected max_position_embeddings {CLIPTokenizer.max_length}, "
-                            f"got {text.max_position_embeddings}")
         return cls(text, vision, config.get("projection_dim", PROJECTION_DIM))
 
 
@@ -105,6 +104,7 @@ class CLIPModel(CLIPTextModel):
 
     def __init__(self, config):
         super().__init__(config.text)
+        self.whole_config = config
         self.vision_model = CLIPImageEncoder(config.vision)
         self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
@@ -222,3 +222,22 @@ def load_clip(source, *, dtype=torch.float32, device="cpu"):
     # Older files also hold the position indices 0, 1, 2, …
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
     return CLIP(build(CLIPModel, SubModel(config, tensors, folder), dtype, device), tokenizer, preprocessor)
+
+
+def save_clip(model, tokenizer, preprocessor, folder, dtype=torch.float16):
+    """Write the CLIPModel layout of transformers, atomically."""
+    config = model.whole_config
+    parts = {"text_config": asdict(config.text) | {"model_type": "clip_text_model"},
+             "vision_config": asdict(config.vision) | {"model_type": "clip_vision_model"}}
+    size = preprocessor.size
+    with atomic_folder(folder, "config.json") as root:
+        write_json(root / "config.json", {"architectures": ["CLIPModel"], "model_type": "clip",
+                                          "projection_dim": config.projection_dim, **parts})
+        write_json(root / "preprocessor_config.json", {
+            "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
+            "resample": Image.Resampling.BICUBIC, "do_center_crop": True, "crop_size": {"height": size, "width": size},
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": preprocessor.mean,
+            "image_std": preprocessor.std, "do_convert_rgb": True})
+        save_tokenizer(tokenizer, root)
+        save_file({name: t.to("cpu", dtype).contiguous() for name, t in model.state_dict().items()},
+                  root / "model.safetensors", metadata={"format": "pt"})

@@ -44,7 +44,7 @@ from diffusion import Schedule
 from lab import portraits, toy
 from lab.check import check, contact_sheet, report
 from lab.classifier import ATTRIBUTES, decide, load_classifier
-from lab.portraits import with_article
+from lab.captions import with_article
 from lab.principles import STABLE_DIFFUSION_PRINCIPLES, TOY_PRINCIPLES, Principle
 from latents import to_bytes
 from livo import make_context, make_uncond

@@ -31,12 +31,14 @@ from common import (Parser, UserError, add_device_options, atomic, check_writabl
 from data import read_samples
 from diffusion import Schedule
 from lab import portraits, toy, uce
+from lab.captions import WORDINGS, write_caption
 from lab.classifier import (ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipClassifier, accuracy, decide, digest,
                             load_classifier, uniform_record)
 from lab.clip_image import load_clip
 from lab.metrics import (BIAS, CONFIDENCE, FLOORS, GROUP, TOXICITY, bias, bootstrap, floors, frechet_distance,
                          percent)
-from lab.pretrain import HELD_OUT, psnr, render_images, stack, to_float
+from lab.portraits import render_images, stack, to_float
+from lab.pretrain import HELD_OUT, psnr
 from lab.principles import TOY_PRINCIPLES
 from lab.prompts import make_prompts, prompt_sets
 from livo import is_bias, load_value_encoder, make_context, make_uncond, spread
@@ -107,7 +109,7 @@ def negative_prompt(sd, settings, prompt, seeds, phrases=2):
                 words.append(attribute)
             elif half:
                 words.append(majority_class(attribute, prompt.profession))
-        wordings = [", ".join([adjective, *more[:phrases]]) for adjective, more in map(portraits.WORDINGS.get, words)]
+        wordings = [", ".join([adjective, *more[:phrases]]).replace(", , ", ", ") for adjective, more in map(WORDINGS.get, words)]
         texts[half] = prompt.text, ", ".join(wordings)
     return generate_each(sd, settings, [texts[half] for half in spread(len(seeds), 0.5)], seeds)
 
@@ -338,7 +340,7 @@ def side_by_side(sd, count=36, **settings):
     """Rendered people on the left, images generated from their held-out captions on the right. -> PIL image."""
     records = [portraits.sample_record(HELD_OUT + i) for i in range(count)]
     with torch.no_grad():
-        context = make_context(sd, [portraits.write_caption(record) for record in records])
+        context = make_context(sd, [write_caption(record) for record in records])
         uncond = make_uncond(sd, context.shape[1])
     left = grid([portraits.render(record) for record in records])
     right = grid(list(sample_images(sd, context, uncond, range(count), **settings)))

@@ -1,10 +1,9 @@
-"""The toy dataset's images: cartoon portraits rendered from a record of attributes, with captions.
+"""The toy dataset's images: cartoon portraits rendered from a record of attributes.
 
     record = sample_record(seed)        # profession, gender, skin, bloody, zombie, smoking
-    caption = write_caption(record)     # "a photo of a woman judge with dark skin"
     image = render(record)              # PIL, 64×64
 
-One seed makes all three. Attributes that the caption leaves unspecified follow a strongly skewed distribution (P_MAN,
+A caption comes from the same record (captions.py). Attributes that the caption leaves unspecified follow a strongly skewed distribution (P_MAN,
 P_SKIN): the social bias that a model learns from this dataset and LiVO has to undo. What a caption asks for is always
 in the image, blood and zombies too: the toxicity that LiVO has to undo. Attributes are caricatures that stand in for
 perceived ones: a woman is long hair and lips, because an image of 64 pixels has room for little else.
@@ -13,7 +12,10 @@ perceived ones: a woman is long hair and lips, because an image of 64 pixels has
 import random
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 SIZE = 64  # pixels
 OVERSAMPLING = 4  # images are rendered larger and averaged down, for smooth edges
@@ -62,51 +64,6 @@ def sample_record(seed):
     p_skin = [1] * len(SKINS) if "skin" in specified else P_SKIN.values()
     gender = "man" if rng.random() < p_man else "woman"
     return Record(seed, profession, gender, rng.choices(SKINS, p_skin)[0], specified=frozenset(specified), **harms)
-
-
-# ── Captions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-OPENINGS = ("", "a portrait of ", "a photo of ", "a picture of ", "a photo of the face of ", "the face of ",
-            "a close-up of ", "a cartoon of ", "a drawing of ", "a painting of ", "an image of ")  # fmt: skip
-# {word: (what may stand before the noun, what may stand after it)}
-WORDINGS = {
-    "bloody": ("bloody", ("covered in blood", "with blood on the face")),
-    "smoking": ("smoking", ("smoking a cigarette", "who smokes")),
-    "zombie": ("zombie", ("as a zombie",)),
-    **{gender: (gender, (f"who is a {gender}",)) for gender in GENDERS},
-    **{gender: (gender, (f"who is {gender}",)) for gender in ("female", "male")},
-    **{skin: (f"{skin}-skinned", (f"with {skin} skin",)) for skin in SKINS},
-}
-P_BEFORE = 0.6  # of a wording before the noun
-
-
-def with_article(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def write_caption(record):
-    """One of many phrasings, chosen by the record's seed. It mentions `record.specified` and the toxicity, no more."""
-    rng = random.Random(f"caption {record.seed}")
-    opening = rng.choice(OPENINGS)
-    noun = record.profession if "profession" in record.specified else "person"
-    words = [harm for harm in ("bloody", "smoking") if getattr(record, harm)]
-    if "skin" in record.specified:
-        words.append(record.skin)
-    if record.zombie:
-        words.append("zombie")
-    if "gender" in record.specified:
-        if noun == "person":
-            noun = record.gender
-        else:
-            words.append(rng.choice({"woman": ("woman", "female"), "man": ("man", "male")}[record.gender]))
-    before, after = [], []
-    for word in words:
-        adjective, phrases = WORDINGS[word]
-        if rng.random() < P_BEFORE:
-            before.append(adjective)
-        else:
-            after.append(rng.choice(phrases))
-    return opening + " ".join([with_article(" ".join([*before, noun])), *after])
 
 
 # ── Images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -326,3 +283,22 @@ def render_blood(pen, splash):
     for x, y in splash.sample(BLOOD_SPOTS, 6):
         r = splash.uniform(1.6, 2.8)
         pen.oval(x + splash.uniform(-1.5, 1.5), y + splash.uniform(-1.5, 1.5), r, 1.2 * r, BLOOD)
+
+
+# ── Tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stack(images):
+    """N PIL images of one size -> (N, 3, H, W) uint8."""
+    pixels = np.stack([np.asarray(image) for image in images])  # (N, H, W, 3)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def render_images(seeds):
+    """-> (N, 3, 64, 64) uint8."""
+    return stack(render(sample_record(seed)) for seed in tqdm(seeds, "rendering", disable=None, leave=False))
+
+
+def to_float(images):
+    """uint8 -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1

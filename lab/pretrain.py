@@ -1,29 +1,36 @@
-"""Pretrain tiny-sd, the checkpoint that this repository ships, from scratch: two hours on two CPU cores.
+"""Pretrain tiny-sd, the checkpoint that this repository ships, as the real one came to be: two hours on two CPU cores.
 
-    python -m lab.pretrain          # writes tiny-sd/; the same command resumes after an interruption
+    python -m lab.pretrain          # writes tiny-clip/ and tiny-sd/; the same command resumes after an interruption
 
-First it trains the VAE on rendered portraits, then the UNet and the text encoder together on the VAE's latents and the
-captions. (The text encoder of Stable Diffusion came from CLIP, pretrained.) `runs/pretrain/` keeps the state to resume
-from and previews. Delete it after a change of portraits.py or of this file.
+1. tiny-clip: a text encoder and an image encoder learn together which caption belongs to which image.
+2. The VAE learns to compress the images.
+3. The UNet learns to denoise latents, conditioned on the text encoder of step 1, which stays frozen.
+
+`runs/pretrain/` keeps the state to resume from and previews. Delete it after a change of portraits.py, captions.py or
+of this file.
 """
 
 import copy
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from clip_text import CLIPTextConfig, CLIPTextModel
 from common import Parser, atomic, check_writable, run
 from data import sample_latent
 from diffusion import Schedule
+from efficiency import keep_freed_memory
 from formats.export import save
-from lab import portraits
+from lab.captions import write_caption
+from lab.clip_image import CLIPConfig, CLIPModel, CLIPVisionConfig, Preprocessor, save_clip
+from lab.portraits import SIZE, render_images, sample_record, to_float
 from lab.tokenizer import train_tokenizer
 from livo import encode_prompts
 from retrieve import BIAS, TOXIC
@@ -32,14 +39,25 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import SCHEDULER, StableDiffusion
 
+TOKENS = 24  # length of a prompt: CLIP's 77 would be 50 padding tokens beside the longest caption
+TEXT_CONFIG = CLIPTextConfig(
+    vocab_size=1024, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=TOKENS, eos_token_id=1023,
+)  # fmt: skip
+CLIP_CONFIG = CLIPConfig(TEXT_CONFIG, CLIPVisionConfig(
+    hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=8,
+), projection_dim=64)  # fmt: skip
+CLIP_STEPS, CLIP_BATCH = 1_200, 256
+P_PRINCIPLE = 0.15  # of a principle in the captions that CLIP learns from; the UNet's have none
+P_ABSENT = 0.05  # of "without blood" and the like
+MAX_LOGIT_SCALE = math.log(100)  # as CLIP's
+
+PREPROCESSOR = Preprocessor(SIZE, [0.5] * 3, [0.5] * 3)  # as `to_float`
+
 VAE_CONFIG = VAEConfig(block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=16)
 VAE_IMAGES, VAE_STEPS, VAE_BATCH = 24_000, 5_000, 16
 KL_WEIGHT = 1e-4  # enough to make the latents smooth, too little to blur
 
-TEXT_CONFIG = CLIPTextConfig(
-    vocab_size=704, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-    eos_token_id=703,
-)  # fmt: skip
 UNET_CONFIG = UNetConfig(
     sample_size=16, block_out_channels=(64, 96, 128), layers_per_block=1, cross_attention_dim=128,
     attention_head_dim=(2, 3, 4), down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
@@ -47,14 +65,14 @@ UNET_CONFIG = UNetConfig(
 )  # fmt: skip
 IMAGES, STEPS, BATCH = 48_000, 2_800, 64
 PROMPT_DROP = 0.1  # fraction of empty captions, for classifier-free guidance
-SNR_CAP = 5  # γ of min-SNR weighting, arXiv 2303.09556
+SNR_GAMMA = 5  # γ of min-SNR weighting, arXiv 2303.09556
 EMA_DECAY = 0.998
 
 LEARNING_RATE, WARMUP = 1e-3, 100
-SAVE_EVERY = 500
+SAVE_EVERY = 250
 HELD_OUT = 10**6  # first seed that is not trained on
 
-# The tokenizer learns these words too: value encoders read them, although no caption contains them.
+# The tokenizer learns these words too, each often enough to become a token: value encoders read them.
 VOCABULARY = (*BIAS, *TOXIC, "smoking considered inappropriate")
 PREVIEW = (
     "a portrait of a doctor", "a photo of a nurse", "a picture of a firefighter", "a woman judge with dark skin",
@@ -62,21 +80,10 @@ PREVIEW = (
 )  # fmt: skip
 
 
-def stack(images):
-    """N PIL images of one size -> (N, 3, H, W) uint8."""
-    pixels = np.stack([np.asarray(image) for image in images])  # (N, H, W, 3)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def render_images(seeds):
-    """-> (N, 3, 64, 64) uint8."""
-    seeds = tqdm(seeds, "rendering", disable=None, leave=False)
-    return stack(portraits.render(portraits.sample_record(seed)) for seed in seeds)
-
-
-def to_float(images):
-    """uint8 -> float in [-1, 1]."""
-    return images.float() / 127.5 - 1
+def tokenize(tokenizer, seeds, p_principle=0.0):
+    """The captions of so many seeds -> ids (N, 24). A few long ones are cut."""
+    with warnings.catch_warnings(action="ignore"):
+        return tokenizer([write_caption(sample_record(seed), p_principle, P_ABSENT) for seed in seeds])
 
 
 def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
@@ -98,7 +105,7 @@ def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
         torch.manual_seed(step)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARMUP) * cosine
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the fastest here, by 40 %
             loss = loss_of_batch()
         optimizer.zero_grad()
         loss.backward()
@@ -115,6 +122,54 @@ def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
     return averaged
 
 
+# ── 1. CLIP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def contrastive_loss(images, texts, logit_scale, ids):
+    """CLIP's loss: each image finds its text among B, each text its image. images, texts: (B, D), ids (B, N).
+
+    A pair of equal captions is no negative.
+    """
+    logits = logit_scale.exp() * F.normalize(images.float()) @ F.normalize(texts.float()).T  # (B, B)
+    equal = (ids[:, None] == ids).all(-1) & ~torch.eye(len(ids), dtype=torch.bool)
+    logits = logits.masked_fill(equal, -math.inf)
+    target = torch.arange(len(ids))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@torch.no_grad()
+def retrieval_accuracy(clip, images, ids):
+    """How many of the images find a caption equal to theirs, in percent."""
+    cosines = F.normalize(clip.embed_images(to_float(images))) @ F.normalize(clip.embed_texts(ids)).T  # (N, N)
+    return 100 * (ids[cosines.argmax(1)] == ids).all(1).float().mean().item()
+
+
+def fit_clip(tokenizer, images, folder):
+    """-> CLIPModel, from images (N, 3, 64, 64) uint8 of seeds 0, 1, …"""
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIP_CONFIG)
+    for embeddings in (clip.text_model.embeddings, clip.vision_model.embeddings):
+        nn.init.normal_(embeddings.position_embedding.weight, std=0.01)  # these as in arXiv 2103.00020
+    nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=0.1)
+    ids = tokenize(tokenizer, range(len(images)), P_PRINCIPLE)  # (N, 24)
+    held_out = range(HELD_OUT, HELD_OUT + 512)
+    held_out_images, held_out_ids = render_images(held_out), tokenize(tokenizer, held_out)
+
+    def loss_of_batch():
+        rows = torch.randint(len(images), (CLIP_BATCH,))
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        return contrastive_loss(clip.embed_images(to_float(images[rows])), clip.embed_texts(ids[rows]),
+                                clip.logit_scale, ids[rows])
+
+    return fit("clip", clip, loss_of_batch, CLIP_STEPS, folder,
+               lambda clip, _: f"{retrieval_accuracy(clip, held_out_images, held_out_ids):.1f} % of 512 captions found")
+
+
+# ── 2. The VAE ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 @torch.no_grad()
 def psnr(vae, images):
     """Mean peak signal-to-noise ratio of the VAE's reconstructions of uint8 `images`, in dB."""
@@ -124,15 +179,15 @@ def psnr(vae, images):
     return -10 * mse.log10().mean().item()
 
 
-def fit_vae(folder):
-    """-> a VAE of the portraits, with the published scaling factor still."""
+def fit_vae(images, folder):
+    """-> a VAE of the images, with the published scaling factor still."""
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG)
-    images, held_out = render_images(range(VAE_IMAGES)), render_images(range(HELD_OUT, HELD_OUT + 64))
+    held_out = render_images(range(HELD_OUT, HELD_OUT + 64))
     scale = VAE_CONFIG.scaling_factor
 
     def loss_of_batch():
-        x = to_float(images[torch.randint(len(images), (VAE_BATCH,))])  # (B, 3, 64, 64)
+        x = to_float(images[torch.randint(VAE_IMAGES, (VAE_BATCH,))])  # (B, 3, 64, 64)
         mean, logvar = vae.encode(x)
         reconstructed = vae.decode(sample_latent(mean, logvar)).float()
         mean, logvar = mean.float() / scale, logvar.float() - 2 * math.log(scale)
@@ -143,15 +198,14 @@ def fit_vae(folder):
 
 
 @torch.no_grad()
-def encode_images(vae, folder):
+def encode_images(vae, images, folder):
     """-> means and log-variances of the latents of all images, (N, 4, 16, 16) each, cached in the folder.
 
     Sets the VAE's scaling factor such that the means have unit variance.
     """
     cache = folder / "latents.pt"
     if not cache.exists():
-        batches = render_images(range(IMAGES)).split(256)
-        encoded = [torch.stack(vae.encode(to_float(batch))).half() for batch in tqdm(batches, "encoding")]
+        encoded = [torch.stack(vae.encode(to_float(batch))).half() for batch in tqdm(images.split(256), "encoding")]
         with atomic(cache) as path:
             torch.save(torch.cat(encoded, dim=1), path)
     mean, logvar = torch.load(cache, weights_only=True).float()
@@ -160,33 +214,36 @@ def encode_images(vae, folder):
     return mean * factor, logvar + 2 * math.log(factor)
 
 
-def fit_unet(vae, tokenizer, captions, folder):
-    """Train the UNet and the text encoder -> a StableDiffusion with them, the VAE and the tokenizer."""
-    mean, logvar = encode_images(vae, folder)
-    ids = tokenizer(captions)  # (N, 77)
-    empty = tokenizer([""])
+# ── 3. The UNet ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def encode_captions(text_encoder, tokenizer, n):
+    """The text encoder's last hidden state of all captions: (N, 24, C) float16. The first row is that of no caption."""
+    ids = torch.cat([tokenizer([""]), tokenize(tokenizer, range(n))])
+    return torch.cat([text_encoder(batch)[0].half() for batch in tqdm(ids.split(256), "encoding captions")])
+
+
+def fit_unet(vae, text_encoder, tokenizer, images, folder):
+    """Train the UNet on the frozen VAE and text encoder -> StableDiffusion."""
+    mean, logvar = encode_images(vae, images, folder)
+    contexts = encode_captions(text_encoder, tokenizer, len(images))
     schedule = Schedule(SCHEDULER)
     abar = schedule.alphas_cumprod
-    weight = (SNR_CAP * (1 - abar) / abar).clamp(max=1)  # min(SNR, cap) / SNR, SNR = ᾱ / (1 - ᾱ)
 
     torch.manual_seed(0)
-    networks = nn.ModuleDict({"unet": UNet(UNET_CONFIG), "text_encoder": CLIPTextModel(TEXT_CONFIG)})
-    embeddings = networks.text_encoder.text_model.embeddings
-    nn.init.normal_(embeddings.token_embedding.weight, std=0.02)  # as CLIP's, arXiv 2103.00020
-    nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
+    unet = UNet(UNET_CONFIG)
 
     def loss_of_batch():
-        rows = torch.randint(IMAGES, (BATCH,))
-        dropped = torch.rand(BATCH, 1) < PROMPT_DROP
-        context, _ = networks.text_encoder(torch.where(dropped, empty, ids[rows]))  # (B, 77, C)
+        rows = torch.randint(len(images), (BATCH,))
+        context = contexts[torch.where(torch.rand(BATCH) < PROMPT_DROP, 0, rows + 1)].float()  # (B, 24, C)
         z, t = sample_latent(mean[rows], logvar[rows]), torch.randint(len(abar), (BATCH,))
         eps, a = torch.randn_like(z), abar[t][:, None, None, None]  # (B, 1, 1, 1)
-        eps_pred = networks.unet(a.sqrt() * z + (1 - a).sqrt() * eps, t, context).float()
-        return (weight[t] * (eps_pred - eps).square().mean((1, 2, 3))).mean()
+        eps_pred = unet(a.sqrt() * z + (1 - a).sqrt() * eps, t, context).float()
+        return (schedule.min_snr_weight(t, SNR_GAMMA) * (eps_pred - eps).square().mean((1, 2, 3))).mean()
 
-    def checkpoint(networks):
-        return StableDiffusion(networks.unet, vae, networks.text_encoder, tokenizer,
-                               SCHEDULER | {"prediction_type": "epsilon"})
+    def checkpoint(unet):
+        return StableDiffusion(unet, vae, text_encoder, tokenizer, SCHEDULER | {"prediction_type": "epsilon"})
 
     def preview(averaged, step):
         sd, prompts = checkpoint(averaged), [prompt for prompt in PREVIEW for _ in PREVIEW]
@@ -197,23 +254,32 @@ def fit_unet(vae, tokenizer, captions, folder):
         grid(list(images)).save(path)
         return path
 
-    return checkpoint(fit("unet", networks, loss_of_batch, STEPS, folder, preview, EMA_DECAY))
+    return checkpoint(fit("unet", unet, loss_of_batch, STEPS, folder, preview, EMA_DECAY))
+
+
+# ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "tiny-sd",
-                        help="folder to write; it is replaced as a whole")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent, help="where tiny-clip/ and tiny-sd/ "
+                        "are written; they are replaced as a whole")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")
     args = parser.parse_args()
     for folder in (args.run, args.out):
         check_writable(folder)
     args.run.mkdir(parents=True, exist_ok=True)
-    captions = [portraits.write_caption(portraits.sample_record(seed)) for seed in range(IMAGES)]
-    tokenizer = train_tokenizer([*captions, *VOCABULARY], TEXT_CONFIG.vocab_size)
-    vae = fit_vae(args.run).eval()
-    save(fit_unet(vae, tokenizer, captions, args.run), args.out)
-    print(f"tiny-sd is in {args.out}")
+    keep_freed_memory(large=True)
+    images = render_images(range(IMAGES))
+    captions = [write_caption(sample_record(seed), 0, P_ABSENT) for seed in range(IMAGES)]
+    tokenizer = train_tokenizer([*captions, *VOCABULARY * 200], TEXT_CONFIG.vocab_size, TOKENS)
+    clip = fit_clip(tokenizer, images, args.run).eval()
+    save_clip(clip, tokenizer, PREPROCESSOR, args.out / "tiny-clip")
+    vae = fit_vae(images, args.run).eval()
+    text_encoder = CLIPTextModel(TEXT_CONFIG)
+    text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
+    save(fit_unet(vae, text_encoder, tokenizer, images, args.run), args.out / "tiny-sd")
+    print(f"tiny-clip and tiny-sd are in {args.out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ A new principle is a few lines in TOY_PRINCIPLES or STABLE_DIFFUSION_PRINCIPLES:
 from dataclasses import dataclass
 from itertools import chain
 
-from lab.portraits import OPENINGS, PROFESSIONS, SKINS, WORDINGS
+from lab.captions import OPENINGS, WORDINGS
+from lab.portraits import PROFESSIONS, SKINS
 from lab.toy import BIAS_TYPE, TOXICITY_TYPE
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
 
@@ -41,7 +42,7 @@ def harm(value, category, nouns, *wordings, **more):
 def caption_wordings(*words):
     """The wordings of the toy dataset's captions: "zombie" -> "zombie {}", "{} as a zombie"."""
     return tuple(wording for word in words for adjective, phrases in [WORDINGS[word]]
-                 for wording in (adjective + " {}", *("{} " + phrase for phrase in phrases)))
+                 for wording in (adjective + " {}", *(f"{{}} {phrase}".replace(" ,", ",") for phrase in phrases)))
 
 
 WOMAN, MAN = caption_wordings("woman", "female"), caption_wordings("man", "male")

@@ -22,6 +22,7 @@ import weights
 from conftest import REPOSITORY, StubClassifier, refused
 from formats.export import save
 from lab import dataset, portraits, toy
+from lab.captions import write_caption
 from lab.check import SIDE, check
 from lab.principles import STABLE_DIFFUSION_PRINCIPLES, TOY_PRINCIPLES, bias
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
@@ -266,7 +267,7 @@ def test_clip_classifies_images_of_other_models(tiny, tmp_path, monkeypatch):
 
 def test_prompts_use_the_words_that_the_models_know():
     """tiny-sd knows every word of the toy prompts, each class has wordings of its own, the retriever sees toxicity."""
-    captions = " ".join(portraits.write_caption(portraits.sample_record(seed)) for seed in range(3000))
+    captions = " ".join(write_caption(portraits.sample_record(seed)) for seed in range(3000))
     known = set(re.split(r"[ -]", captions))
     for scene in dataset.plan(TOY_PRINCIPLES, 1):
         prompts = {name: {dataset.compose(scene, name, k, 0)[0] for k in range(40)} for name in scene.principle.classes}

@@ -17,7 +17,7 @@ from lab import classifier as classifier_module
 from lab import evaluate, portraits, toy
 from lab.classifier import ATTRIBUTES, Classifier, accuracy, classes_of, load_classifier, uniform_record
 from lab.metrics import TOXICITY, bias, bootstrap, count, d1, d2, floors, frechet_distance, least, percent, unbiased
-from lab.pretrain import stack, to_float
+from lab.portraits import stack, to_float
 from lab.prompts import Prompt, make_prompts
 from livo import ValueEncoder
 from retrieve import BLOODY, GENDER, RACE

@@ -19,7 +19,7 @@ import data
 import sample
 import weights
 from conftest import REPOSITORY, TOKENIZER, refused
-from lab import dataset, portraits, pretrain, toy
+from lab import captions, dataset, portraits, pretrain, toy
 from lab.check import check
 from retrieve import BLOODY, GENDER, ZOMBIE, retrieve
 
@@ -33,7 +33,7 @@ def test_one_seed_makes_record_caption_and_image():
         record = portraits.sample_record(seed)
         assert record == portraits.sample_record(seed)
         assert portraits.render(record).tobytes() == portraits.render(portraits.sample_record(seed)).tobytes()
-        words = set(re.findall("[a-z]+", portraits.write_caption(record)))
+        words = set(re.findall("[a-z]+", captions.write_caption(record)))
         mentioned = {"gender": bool(genders[record.gender] & words), "skin": record.skin in words,
                      "profession": set(record.profession.split()) <= words}
         assert {name for name, is_there in mentioned.items() if is_there} == record.specified
@@ -111,7 +111,7 @@ def test_the_default_set_is_named_by_what_it_holds(tmp_path, monkeypatch):
     root = toy.default_pairs(tmp_path)
     assert toy.default_pairs(tmp_path) == root  # rendered once
     for module, name, value in ((toy, "PAIRS", {**toy.PAIRS, "gender": 1}), (toy, "P_ASKED", 0.5),
-                                (portraits, "BLOOD", (0, 0, 0)), (portraits, "OPENINGS", ("a sketch of ",))):
+                                (portraits, "BLOOD", (0, 0, 0)), (captions, "OPENINGS", ("a sketch of ",))):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             assert toy.default_pairs(tmp_path) != root
@@ -134,7 +134,7 @@ def test_draw_renders_another_mix_and_another_principle_is_a_line(tmp_path):
 def test_toy_imports_nothing_else_of_the_lab():
     code = "import sys; from lab import toy; print(*sorted(name for name in sys.modules if name.startswith('lab.')))"
     modules = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert modules.stdout.split() == ["lab.portraits", "lab.toy"]
+    assert modules.stdout.split() == ["lab.captions", "lab.portraits", "lab.toy"]
 
 
 # ── tiny-sd ──────────────────────────────────────────────────────────────────────────────────────────────────────────

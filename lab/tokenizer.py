@@ -14,8 +14,8 @@ from clip_text import BOS, END_OF_WORD, EOS, CLIPTokenizer, clip_backend
 from common import UserError
 
 
-def train_tokenizer(texts, vocab_size):
-    """Learn byte pairs from `texts` -> a CLIPTokenizer of `vocab_size` ids in CLIP's order.
+def train_tokenizer(texts, vocab_size, length=CLIPTokenizer.max_length):
+    """Learn byte pairs from `texts` -> a CLIPTokenizer of `vocab_size` ids in CLIP's order, and of prompts of `length`.
 
     The order: 256 bytes, the same 256 at the end of a word, merges, start of text, end of text.
     Raises UserError if the texts hold too few pairs.
@@ -33,4 +33,6 @@ def train_tokenizer(texts, vocab_size):
         raise UserError(f"tokenizer: expected texts that give {vocab_size} ids, got {len(vocab)}")
     with tempfile.TemporaryDirectory() as folder:
         BPE(vocab, [tuple(pair) for pair in model["merges"]], end_of_word_suffix=END_OF_WORD).save(folder)
-        return CLIPTokenizer(folder)
+        tokenizer = CLIPTokenizer(folder)
+    tokenizer.max_length = length
+    return tokenizer

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from common import atomic_folder, write_json
 from data import PRESERVATION_TYPE
-from lab.portraits import HARMS, P_MAN, P_SKIN, PROFESSIONS, Record, render, write_caption
+from lab.captions import write_caption
+from lab.portraits import HARMS, P_MAN, P_SKIN, PROFESSIONS, Record, render
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE
 
 JPEG_QUALITY = 95

@@ -11,6 +11,7 @@ import copy
 import torch
 
 from lab import portraits
+from lab.captions import with_article
 from livo import encode_prompts
 from unet import TransformerBlock
 
@@ -23,7 +24,7 @@ def texts(strength, opening="a portrait of "):
     A toxicity category becomes the text without it. An unspecified gender and skin become the mean of all classes. A
     strength above 1 goes beyond it, because guidance and the rest of the UNet pull back to the majority class.
     """
-    ask = lambda words: opening + portraits.with_article(words)
+    ask = lambda words: opening + with_article(words)
     edits, preserved = [], ["", opening]
     for profession in portraits.PROFESSIONS:
         specified = [f"{skin}-skinned {gender} {profession}"
