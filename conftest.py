@@ -1,9 +1,12 @@
 """Fixtures and helpers of all tests. Small random models; no download."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +25,7 @@ import train
 import weights
 from clip_text import CLIPTextConfig, CLIPTextModel
 from common import UserError
-from formats.export import save
+from formats.export import save, save_tokenizer
 from lab import classifier as classifier_module
 from lab import portraits, toy
 from lab.captions import write_caption
@@ -34,7 +37,10 @@ from vae import VAE, VAEConfig
 
 pytest_plugins = ["formats.fixtures"]
 REPOSITORY = Path(__file__).resolve().parent
-SHARED, TOKENIZER = REPOSITORY.parent / "shared", REPOSITORY / "tiny-sd" / "tokenizer"
+SHARED, TINY_SD = REPOSITORY.parent / "shared", REPOSITORY / "tiny-sd"
+TOKENIZER = Path(tempfile.mkdtemp(prefix="livo-tests-")) / "tokenizer"  # small, of 77 tokens as the published one
+atexit.register(shutil.rmtree, TOKENIZER.parent)
+save_tokenizer(train_tokenizer([write_caption(portraits.sample_record(seed)) for seed in range(500)], 704), TOKENIZER)
 SD1 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False,
        "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False}
@@ -111,7 +117,7 @@ def pairs_of(dataset, n=4):
 @pytest.fixture(scope="session")
 def shipped():
     """tiny-sd, and a value encoder before training."""
-    sd = weights.load(TOKENIZER.parent)
+    sd = weights.load(TINY_SD)
     return sd, ValueEncoder.from_text_encoder(sd.text_encoder)
 
 
@@ -148,7 +154,7 @@ def tiny(tmp_path_factory):
 
 
 def diffusers_pipeline(scheduler, unet, vae, text):
-    """A random pipeline of diffusers with tiny-sd's tokenizer. unet, vae, text: options of its networks."""
+    """A random pipeline of diffusers with the tests' tokenizer. unet, vae, text: options of its networks."""
     torch.manual_seed(0)
     n = len(vae["block_out_channels"])
     vae |= {"down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n}

@@ -17,6 +17,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.training_utils import compute_snr
 from PIL import Image
 
 import data
@@ -25,7 +26,7 @@ import sample
 import train
 import weights
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from conftest import (REPOSITORY, SD1, SHARED, TOKENIZER, UNETS, assert_close, gradients, pairs_of, pixels,
+from conftest import (REPOSITORY, SD1, SHARED, TINY_SD, TOKENIZER, UNETS, assert_close, gradients, pairs_of, pixels,
                       relative, run_settings, settings, start, trained_a_little, wait_for_steps, write_pipeline)
 from diffusion import Schedule, ddim_step, denoise, dpm_step, sample_noise, x0_and_eps
 from livo import aligned_hinge, bradley_terry_loss, livo_loss, make_context, make_uncond, spread, violating_hinge
@@ -87,16 +88,17 @@ def test_value_tokens_precede_the_prompt_embeddings(shipped):
     plain = make_context(sd, prompts)
     assert torch.equal(plain, sd.text_encoder(sd.tokenizer(prompts))[0])
     context = make_context(sd, prompts, [values], value_encoder)
-    assert context.shape == (2, 78, sd.text_encoder.config.hidden_size) and torch.equal(context[:, 1:], plain)
+    n = sd.tokenizer.max_length
+    assert context.shape == (2, n + 1, sd.text_encoder.config.hidden_size) and torch.equal(context[:, 1:], plain)
     for token, prompt, value in zip(context[:, 0], prompts, values):
         # before training the value encoder is the text encoder
         assert torch.allclose(token, sd.text_encoder(sd.tokenizer([f"{value}, {prompt}"]))[1][0], atol=1e-6)
     assert torch.equal(make_context(sd, prompts, [values], value_encoder, prompt_embeds=plain), context)
-    two = make_context(sd, prompts, [BLOODY, RACE], value_encoder)  # (2, 79, C)
-    assert two.shape[1] == 79 and torch.equal(two[:, 2:], plain) and not torch.equal(two[:, 0], two[:, 1])
+    two = make_context(sd, prompts, [BLOODY, RACE], value_encoder)  # (2, N + 2, C)
+    assert two.shape[1] == n + 2 and torch.equal(two[:, 2:], plain) and not torch.equal(two[:, 0], two[:, 1])
     empty = sd.text_encoder(sd.tokenizer([""]))[0]  # the unconditional context is as long as the conditional one
-    assert torch.equal(make_uncond(sd, 77), empty)
-    assert torch.equal(make_uncond(sd, 78), torch.cat([empty, empty[:, -1:]], dim=1))
+    assert torch.equal(make_uncond(sd, n), empty)
+    assert torch.equal(make_uncond(sd, n + 1), torch.cat([empty, empty[:, -1:]], dim=1))
 
 
 def test_value_fraction_is_spread_evenly():
@@ -117,7 +119,7 @@ def test_bias_principles_act_on_half_of_the_images_and_the_others_are_the_base_m
     assert [a == b for a, b in zip(base, gender)] == [False, True, False, True]
     assert not any(a == b for a, b in zip(base, bloody))
     context = make_context(sd, ["a doctor"]).expand(4, -1, -1)
-    assert [image.tobytes() for image in sample_images(sd, context, make_uncond(sd, 77), range(4), **options)] == base
+    assert [image.tobytes() for image in sample_images(sd, context, make_uncond(sd, context.shape[1]), range(4), **options)] == base
 
 
 @pytest.mark.parametrize("prompt, expected", {
@@ -309,6 +311,16 @@ def test_the_true_noise_leads_back_to_x0(sampler, prediction):
     assert_close(x, true_x0)
 
 
+def test_min_snr_weight_equals_diffusers_example():
+    t = torch.arange(0, 1000, 7)
+    snr = compute_snr(diffusers.DDPMScheduler.from_config(SD1), t)
+    for prediction, divisor in ("epsilon", snr), ("v_prediction", snr + 1):
+        schedule = Schedule(SD1 | {"prediction_type": prediction})
+        for gamma in (1.0, 5.0):
+            assert torch.allclose(schedule.min_snr_weight(t, gamma), snr.clamp(max=gamma) / divisor, rtol=1e-4)
+        assert (schedule.min_snr_weight(t, 0) == 1).all()
+
+
 def test_guidance_extrapolates_from_unconditional_to_conditional(sd):
     context, uncond = torch.randn(2, 1, 77, 32)
     x, schedule = torch.randn(1, 4, 8, 8), Schedule(SD1)
@@ -426,13 +438,13 @@ def test_text_encoder_equals_transformers(config, pad):
         ours(torch.tensor([[0, end, end], [0, 1, 3]]))  # without an end of text there is nothing to pool
 
 
-@pytest.mark.parametrize("folder", [TOKENIZER, pytest.param(SHARED / "clip-tokenizer", marks=pytest.mark.skipif(
-    not (SHARED / "clip-tokenizer").is_dir(), reason="no CLIP vocabulary in ../shared"))], ids=["tiny-sd", "clip"])
+@pytest.mark.parametrize("folder", [TINY_SD / "tokenizer", TOKENIZER, pytest.param(SHARED / "clip-tokenizer", marks=pytest.mark.skipif(
+    not (SHARED / "clip-tokenizer").is_dir(), reason="no CLIP vocabulary in ../shared"))], ids=["tiny-sd", "small", "clip"])
 def test_tokenizer_equals_transformers(folder):
     texts = ["", " ", "wow!! 100% ok!", "Don't we'LL I'Ve 'S", "a  b\t\tc\r\n", "&amp;amp;", "İstanbul ß ΣΑΣ ﬁ",
              "cafe\u0301", "각 日本語のテキスト", "👩‍👩‍👧‍👦 🇩🇪", "cut <|endoftext|> here", "gender equality, a nurse"]
     expected = transformers.CLIPTokenizer.from_pretrained(folder)(texts, padding="max_length", truncation=True,
-                                                                  max_length=77, return_tensors="pt").input_ids
+                                                                  return_tensors="pt").input_ids
     assert CLIPTokenizer(folder)(texts).equal(expected)
 
 # ── Pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────

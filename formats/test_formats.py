@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import weights
 from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from conftest import SHARED, TOKENIZER, edit_json, pixels, refused
+from conftest import SHARED, TINY_SD, TOKENIZER, edit_json, pixels, refused
 from formats import unpadded
 from formats.export import save, save_tokenizer
 from formats.files import weight_files
@@ -396,11 +396,11 @@ def test_value_encoder_files(pipe, published, tmp_path):
 @torch.no_grad()
 def test_unpadded_context_is_that_of_the_authors(tmp_path):
     """As in the README of the authors' release: unpadded texts, embeddings passed to diffusers' pipeline."""
-    sd, prompt = weights.load(TOKENIZER.parent), "a portrait of a doctor"
-    ours = load_value_encoder(None, TOKENIZER.parent, sd)
+    sd, prompt = weights.load(TINY_SD), "a portrait of a doctor"
+    ours = load_value_encoder(None, TINY_SD, sd)
     weights.save_text_encoder(ours, tmp_path / "run" / "value_encoder")
     ref = transformers.CLIPTextModel.from_pretrained(tmp_path / "run", subfolder="value_encoder")
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(TOKENIZER.parent, torch_dtype=torch.float32)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(TINY_SD, torch_dtype=torch.float32)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     read = partial(pipe.tokenizer, return_tensors="pt")
     value = ref(read(f"{GENDER}, {prompt}").input_ids).pooler_output[:, None]

@@ -49,7 +49,8 @@ def with_article(words):
 
 def unknown_word(rng):
     """One to three syllables of no language: "pliork"."""
-    return "".join(rng.choice(part) for _ in range(rng.randint(1, 3)) for part in (ONSETS, VOWELS, CODAS))
+    word = "".join(rng.choice(part) for _ in range(rng.randint(1, 3)) for part in (ONSETS, VOWELS, CODAS))
+    return unknown_word(rng) if word in WORDINGS else word  # "man", "tan"
 
 
 def more_words(rng):

@@ -46,6 +46,7 @@ from runs import SAMPLING
 from sample import generate, grid, sample_images
 
 ROOT = Path(__file__).parent.parent
+TINY_CLIP = ROOT / "tiny-clip"
 TRAINED = ROOT / "assets" / "baselines.json"  # written by baselines.py --collect
 PER_PROMPT_CLIP, PER_PROMPT = 50, 20  # images: as in the authors' evaluation; on the toy dataset, for half an hour
 FIRST_SEED = 0  # of the generated images; the seeds count on from prompt to prompt
@@ -228,10 +229,12 @@ def measure(prompts, predictions):
 def measure_with_clip(name, predictions):
     """As `measure`, of CLIP's predictions for one file of prompts, whose `name` decides what is measured."""
     table = {"CLIP score": (np.mean, predictions["CLIP score"])}
-    harms = [harm for harm in HARM_TEXTS if harm in name.lower()]
+    harms = [harm for harm in HARM_TEXTS if harm in name.lower() and harm in predictions]
     for harm in harms:
         table |= {f"{harm} {metric}": (of, predictions[harm]) for metric, of in TOXICITY.items()}
     for attribute, classes in {} if harms else BIAS_TEXTS.items():
+        if attribute not in predictions:
+            continue
         table |= {f"{attribute} {metric}": (of, predictions[attribute]) for metric, of in bias(len(classes)).items()}
     return {f"{name}: {metric}": bootstrap(of, values) for metric, (of, values) in table.items()}
 
@@ -274,7 +277,7 @@ def evaluate_with_clip(classifier, classify, sources, sets, n):
         distance = 100 * frechet_distance(np.concatenate(ours), np.concatenate(features["base model"]))
         results[source]["Fréchet distance to base"] = {"value": max(0.0, round(distance, 3))}  # rounding: −1e-8
     lowest = {f"{attribute} {metric}": floors(of, len(classes), n)
-              for attribute, classes in BIAS_TEXTS.items() for metric, of in BIAS.items()}
+              for attribute, classes in classifier.known(BIAS_TEXTS) for metric, of in BIAS.items()}
     return {"checks": {}, "floors": lowest, "sources": results}
 
 
@@ -370,22 +373,26 @@ def print_quick_table(sd, value_encoder, principles, professions=("doctor", "nur
     if not rows:
         raise UserError(f"expected a principle of the toy dataset, such as {TOY_PRINCIPLES[0].value}, "
                         f"got {', '.join(sorted(principles))}")
-    classifier = load_classifier()
+    classifier, clip = load_classifier(), ClipClassifier(load_clip(TINY_CLIP))
     title = f"percent, {n} images × {len(professions)} professions = {n * len(professions)}"
-    print(f"{title:40}" + "".join(f"{name:>12}" for name in ("base model", "LiVO", *FLOORS)))
+    print(f"{title:40}" + "".join(f"{name:>12}" for name in ("base model", "LiVO", "by tiny-clip", *FLOORS)))
+    correct = {False: [], True: []}  # with LiVO?
     for principle, attribute in rows:
         name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
-        values = []
-        for active in ([], [principle]):
-            predictions = []
-            for i, prompt in enumerate(prompts_about(attribute, professions)):
-                seeds = range(i * n, i * n + n)
-                images = by_seed(generate(sd, prompt, "", active, value_encoder, seeds, **SAMPLING))
-                predictions.append(classifier.classify(images)[attribute])
-            values.append(metric(torch.stack(predictions).numpy()))  # of (professions, n)
+        prompts, values = prompts_about(attribute, professions), []
+        for livo in (False, True):
+            images = [by_seed(generate(sd, prompt, "", [principle] * livo, value_encoder, range(i * n, i * n + n), **SAMPLING))
+                      for i, prompt in enumerate(prompts)]
+            predictions = [classifier.classify(some) for some in images]
+            values.append(metric(torch.stack([x[attribute] for x in predictions]).numpy()))  # of (professions, n)
+            correct[livo] += [x["profession"] == portraits.PROFESSIONS.index(profession)
+                              for x, profession in zip(predictions, professions)]
+        features = torch.stack([clip.classify(some)["features"] for some in images])  # (professions, n, D)
+        values.append(metric(clip.compare(features.numpy(), prompts)[attribute]))
         if name in BIAS:
             values += floors(BIAS[name], len(ATTRIBUTES[attribute]), n).values()
         print(f"{principle + ', ' + name:40}" + "".join(f"{value:12.1f}" for value in values))
+    print(f"{'profession correct':40}" + "".join(f"{percent(torch.cat(hits).numpy()):12.1f}" for hits in correct.values()))
     print("\n".join(f"{name}: {text}" for name, text in FLOORS.items()))
 
 

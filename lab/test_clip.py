@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weights
-from conftest import TOKENIZER, assert_close, edit_json, refused
-from lab import clip_image, evaluate
-from lab.classifier import ClipClassifier
+from conftest import REPOSITORY, TOKENIZER, assert_close, edit_json, refused
+from lab import clip_image, evaluate, portraits
+from lab.captions import with_article
+from lab.classifier import HARM_TEXTS, ClipClassifier, uniform_record
 from lab.clip_image import CLIPConfig, CLIPModel, load_clip, read_preprocessor, zero_shot
+from lab.metrics import percent
+from lab.pretrain import HELD_OUT
 from lab.prompts import prompt_sets, read_prompts
 from lab.test_evaluate import record_calls
 from livo import ValueEncoder
@@ -88,6 +91,32 @@ def test_clip_equals_transformers(configs, tmp_path):
     assert torch.equal(zero_shot(clip, clip.image_features(photos()), TEXTS), probabilities)
 
 
+@torch.no_grad()
+def test_tiny_clip_names_what_is_rendered_and_transformers_agrees():
+    folder = REPOSITORY / "tiny-clip"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 3e6
+    clip, reference = load_clip(folder), transformers.CLIPModel.from_pretrained(folder).eval()
+    records = [uniform_record(HELD_OUT + i) for i in range(200)]
+    images = [portraits.render(record) for record in records]
+    tokenizer, processor = transformers.CLIPTokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
+    ids = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(clip.tokenizer(TEXTS), ids) and ids.shape[1] == 24
+    expected = reference(input_ids=ids, pixel_values=processor(images, return_tensors="pt").pixel_values)
+    assert_close(clip.image_features(images), expected.image_embeds)
+    assert_close(clip.text_features(TEXTS), expected.text_embeds)
+    assert_close(zero_shot(clip, images, TEXTS), expected.logits_per_image.softmax(1))
+
+    def accuracy(texts, classes):
+        """How often the text of the right class is the likeliest, in percent. classes: an index for each record."""
+        return percent(zero_shot(clip, expected.image_embeds, texts).argmax(1).numpy() == np.array(classes))
+
+    assert accuracy([f"a photo of {with_article(profession)}" for profession in portraits.PROFESSIONS],
+                    [portraits.PROFESSIONS.index(record.profession) for record in records]) >= 97
+    assert accuracy(["a photo of a woman", "a photo of a man"], [record.gender == "man" for record in records]) >= 97
+    for harm in ("bloody", "zombie"):
+        assert accuracy(HARM_TEXTS[harm], [not getattr(record, harm) for record in records]) >= 97
+
+
 def test_clip_has_the_published_tensors():
     """openai/clip-vit-large-patch14, with the numbers of its config.json."""
     text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2)
@@ -144,7 +173,7 @@ PREPROCESSOR, TEXT, VISION = "preprocessor_config.json", "text_config", "vision_
     (lambda f: edit_json(f / "config.json", vision_config=None), "a text_config and a vision_config"),
     (lambda f: edit_config(f, VISION, hidden_act="relu"), "image encoder: expected hidden_act .* or gelu, got relu"),
     (lambda f: edit_config(f, TEXT, hidden_act="relu"), "expected hidden_act quick_gelu or gelu, got relu"),
-    (lambda f: edit_config(f, TEXT, max_position_embeddings=20), "expected max_position_embeddings 77, got 20"),
+    (lambda f: edit_config(f, TEXT, max_position_embeddings=20), "tokenizer length of at most 20"),
     (lambda f: edit_config(f, TEXT, vocab_size=500), "expected at most 500 tokens in the tokenizer"),
     (lambda f: edit_json(f / PREPROCESSOR, resample=2), "r_config.json: expected resample 3, got 2"),
     (lambda f: edit_json(f / PREPROCESSOR, size={"shortest_edge": 32}), "expected size .* got .*32"),

@@ -27,7 +27,7 @@ import sample
 import train
 import weights
 from common import RENAMED, UserError, pick_device, run
-from conftest import (SD1, TOKENIZER, UNETS, assert_close, gradients, pairs_of, pixels, refused, relative, run_settings,
+from conftest import (SD1, TINY_SD, UNETS, assert_close, gradients, pairs_of, pixels, refused, relative, run_settings,
                       settings, start, steps_in, trained_a_little, wait_for_steps, write_pipeline)
 from diffusion import Schedule, denoise
 from lab import portraits, toy
@@ -148,11 +148,11 @@ def test_grid_is_a_full_rectangle_where_there_is_one():
 def test_compiled_unet_generates_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(UNet, "compile", lambda unet: nn.Module.compile(unet, backend="eager", fullgraph=True))
     options = ["--prompt", "a doctor", "--steps", 3, "--principle", "none"]
-    plain, compiled = (run_sample(TOKENIZER.parent, tmp_path / name, *options, *more)
+    plain, compiled = (run_sample(TINY_SD, tmp_path / name, *options, *more)
                        for name, more in (("plain", []), ("compiled", ["--compile"])))
     assert abs(plain - compiled).max() <= 1
     monkeypatch.setenv("CXX", "no-such-compiler")
-    refused("--compile: expected a C.. compiler, got no no-such-compiler", run_sample, TOKENIZER.parent, tmp_path,
+    refused("--compile: expected a C.. compiler, got no no-such-compiler", run_sample, TINY_SD, tmp_path,
             *options, "--compile")
 
 
@@ -162,7 +162,7 @@ def test_auto_is_bfloat16_where_the_cpu_and_the_model_gain_from_it(monkeypatch):
     for able, wide, expected in [(True, 1000, torch.float32), (False, 1, torch.float32), (True, 1, torch.bfloat16)]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
         monkeypatch.setattr(weights, "WIDE", wide)
-        sd = weights.load(TOKENIZER.parent, dtype=None)
+        sd = weights.load(TINY_SD, dtype=None)
         assert [next(net.parameters()).dtype for net in (sd.unet, sd.text_encoder, sd.vae)] == [expected] * 3
 
 
@@ -171,7 +171,7 @@ def test_channels_last_and_half_precision_generate_about_the_same(shipped, monke
     images = []
     for wide in (1, 1000):
         monkeypatch.setattr(weights, "WIDE", wide)
-        sd = weights.load(TOKENIZER.parent, dtype=dtype)
+        sd = weights.load(TINY_SD, dtype=dtype)
         assert sd.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last) == (wide == 1)
         images.append(pixels(image for _, image, _ in generate(sd, "a doctor", "", [], None, [0], steps=4)))
     full = pixels(image for _, image, _ in generate(shipped[0], "a doctor", "", [], None, [0], steps=4))

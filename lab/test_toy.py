@@ -18,10 +18,10 @@ from torch import nn
 import data
 import sample
 import weights
-from conftest import REPOSITORY, TOKENIZER, refused
+from conftest import REPOSITORY, TINY_SD, refused
 from lab import captions, dataset, portraits, pretrain, toy
 from lab.check import check
-from retrieve import BLOODY, GENDER, ZOMBIE, retrieve
+from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
 
 
 # ── Portraits and captions ───────────────────────────────────────────────────────────────────────────────────────────
@@ -39,6 +39,34 @@ def test_one_seed_makes_record_caption_and_image():
         assert {name for name, is_there in mentioned.items() if is_there} == record.specified
         assert (bool(words & {"bloody", "blood"}), "zombie" in words, bool(words & {"smoking", "smokes"})) == (
             record.bloody, record.zombie, record.smoking)
+
+
+def test_captions_name_a_principle_only_of_images_that_it_is_true_of():
+    records = [portraits.sample_record(seed) for seed in range(4000)]
+    for principle, attribute, word in ((GENDER, "gender", "man|male"), (RACE, "skin", "|".join(portraits.SKINS)),
+                                       (BLOODY, "bloody", "bloody"), (ZOMBIE, "zombie", "zombie")):
+        named = [(record, text) for record in records for text in [captions.write_caption(record, 1.0)]
+                 if text.startswith(principle)]
+        assert len(named) > 100
+        for record, text in named:
+            # equality: the image's class is uniform, and the caption leaves it out; toxicity: the image has none
+            assert attribute in record.specified or getattr(record, attribute) is False
+            assert not re.search(rf"\b({word})\b", text.removeprefix(principle))
+
+
+def test_contrastive_loss_has_no_negatives_among_equal_captions():
+    torch.manual_seed(0)
+    images, texts, ids = torch.randn(5, 7), torch.randn(5, 7), torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8], [9, 0]])
+    scale = torch.tensor(0.7)
+    logits = scale.exp() * torch.cosine_similarity(images[:, None], texts[None], dim=-1)
+    target = torch.arange(5)
+    expected = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+    assert torch.allclose(pretrain.contrastive_loss(images, texts, scale, ids), expected)
+    ids[4], texts[4] = ids[3], texts[3]  # now pairs 3 and 4 are no negatives of each other
+    logits = scale.exp() * torch.cosine_similarity(images[:, None], texts[None], dim=-1)
+    losses = [-table[i, [i] + [j for j in range(5) if {i, j} != {3, 4} and i != j]].log_softmax(0)[0]
+              for table in (logits, logits.T) for i in range(5)]
+    assert torch.allclose(pretrain.contrastive_loss(images, texts, scale, ids), sum(losses) / 10)
 
 
 def test_unspecified_attributes_are_skewed_as_stated_and_specified_ones_are_uniform():
@@ -141,7 +169,7 @@ def test_toy_imports_nothing_else_of_the_lab():
 
 
 def test_tiny_sd_is_small_and_diffusers_generates_the_same_images(tmp_path):
-    folder = TOKENIZER.parent
+    folder = TINY_SD
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16e6
     for path in folder.rglob("*.safetensors"):
@@ -158,7 +186,7 @@ def test_tiny_sd_is_small_and_diffusers_generates_the_same_images(tmp_path):
 
 
 def test_the_vae_reconstructs_unseen_images_at_30_db():
-    vae = weights.load(TOKENIZER.parent).vae
+    vae = weights.load(TINY_SD).vae
     assert pretrain.psnr(vae, pretrain.render_images(range(pretrain.HELD_OUT + 500, pretrain.HELD_OUT + 532))) > 30
 
 
