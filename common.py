@@ -154,7 +154,7 @@ def read_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: expected a JSON file, got {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the last of deeply nested JSON
         raise UserError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")

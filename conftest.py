@@ -51,6 +51,9 @@ def levels(*channels):
 UNETS = {
     "1.x, two levels": levels(32, 64) | dict(cross_attention_dim=24, attention_head_dim=4, norm_num_groups=16),
     "1.x, four levels": levels(32, 64, 64, 64) | dict(cross_attention_dim=24, attention_head_dim=8, layers_per_block=1),
+    "distilled, no mid block": dict(
+        block_out_channels=(32, 64, 64), down_block_types=("CrossAttnDownBlock2D",) * 3, layers_per_block=1,
+        up_block_types=("CrossAttnUpBlock2D",) * 3, mid_block_type=None, cross_attention_dim=24, attention_head_dim=4),
     "2.x": levels(32, 64, 64) | dict(cross_attention_dim=40, attention_head_dim=(2, 4, 4), use_linear_projection=True,
                                      upcast_attention=True)}
 

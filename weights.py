@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from clip_text import CLIPTextModel, CLIPTokenizer
-from common import UserError, atomic_folder, read_json, write_json
+from common import UserError, atomic_folder, write_json
 from efficiency import keep_freed_memory
 from unet import UNet
 from vae import VAE
@@ -108,11 +108,13 @@ def fastest_dtype(device, unet=None):
 def read_folder(path, source, dtypes, tokenizer):
     """A folder in the diffusers layout -> its sub-models, tokenizer and scheduler_config.json."""
     from formats import checks
+    from formats.fields import read_scheduler
     checks.check_sd_files(checks.listing(path), source)
     dtypes = dtypes(checks.read_config(path / "unet" / "config.json", UNet))
     sub_models = {name: read_sub_model(path / name, NETWORKS[name], dtypes[name]) for name in NETWORKS}
     file = path / "scheduler" / "scheduler_config.json"
-    return sub_models, CLIPTokenizer(tokenizer or path / "tokenizer"), read_json(file) if file.exists() else SCHEDULER
+    scheduler = read_scheduler(file) if file.exists() else SCHEDULER
+    return sub_models, CLIPTokenizer(tokenizer or path / "tokenizer"), scheduler
 
 
 def read_sub_model(folder, network, dtype):

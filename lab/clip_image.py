@@ -21,6 +21,7 @@ from torch import nn
 from clip_text import ACTIVATIONS, CLIPEncoderLayer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from common import UserError, read_json
 from formats.checks import fit_to_tokenizer, listing
+from formats.fields import check_fields
 from formats.files import weight_files
 from formats.hub import locate
 from lab.pretrain import stack
@@ -209,7 +210,7 @@ def load_clip(source, *, dtype=torch.float32, device="cpu"):
         raise UserError(f"{folder}: expected the folder of a CLIP model, got a file")
     config = read_json(folder / "config.json")
     try:
-        config = CLIPConfig.from_dict(config)
+        config = check_fields(CLIPConfig.from_dict(config), "CLIP")
     except (UserError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'}: expected the config of a CLIP model, got: {error}") from error
     preprocessor = read_preprocessor(folder / "preprocessor_config.json", config.vision.image_size)
