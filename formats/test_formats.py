@@ -488,7 +488,7 @@ def test_saving_is_atomic(published, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(weights, "save_file", fail)
-        refused("cannot write .*No space left", save, sd, tmp_path / "sd", torch.float32)
+        refused("expected to write .*No space left", save, sd, tmp_path / "sd", torch.float32)
     assert os.listdir(tmp_path) == ["sd"] and file.read_bytes() == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/me.png").write_bytes(b"precious")

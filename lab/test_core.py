@@ -26,7 +26,8 @@ import runs
 import sample
 import train
 import weights
-from common import RENAMED, UserError, pick_device, run
+from common import UserError, pick_device, run
+from formats.messages import RENAMED
 from conftest import (SD1, TOKENIZER, UNETS, assert_close, gradients, pairs_of, pixels, refused, relative, run_settings,
                       settings, start, steps_in, trained_a_little, wait_for_steps, write_pipeline)
 from diffusion import Schedule, denoise
@@ -494,7 +495,7 @@ def test_warning_if_the_margins_are_too_small():
 
 @pytest.mark.parametrize("options, message", [
     (["--data", "nowhere"], "expected a dataset"), (["--resume", "nowhere"], "no settings.json"),
-    (["--lr", "-1"], "expected 0"), (["--weights", "nowhere"], "--data too"),
+    (["--lr", "-1"], "--lr: expected a number from 0.0 to .*, got .-1"), (["--weights", "nowhere"], "--data too"),
     (["--weights", "someones/tiny-sd"], "--data too"), (["--resume", "a", "--out", "b"], "expected one of them")])
 def test_user_errors_of_train(folder, options, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(toy, "write_scene", full)
-        refused("cannot write .*No space left", dataset.main, build_options(tiny, out))
+        refused("expected to write .*No space left", dataset.main, build_options(tiny, out))
     assert not [*out.rglob(".*")] and len([*out.glob("*/*/metadata.jsonl")]) == 2
     dataset.main(build_options(tiny, out))
     assert tree(out) == tree(built)
