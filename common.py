@@ -68,8 +68,8 @@ def number(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= (value := kind(text)) <= high:  # this refuses NaN too
                 return value
-        name = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"expected {name} from {low} to {high}, got {text!r:.60}")
+        words = f"an integer from {low:.0f}" if kind is int else f"a number from {low:g}"
+        raise argparse.ArgumentTypeError(f"expected {words} to {high:.0f}, got {text!r:.60}")
 
     return parse
 

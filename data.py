@@ -25,6 +25,7 @@ from common import UserError, atomic_folder, read_json
 from latents import check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
 
 PRESERVATION_TYPE = "preservation"
+MAX_LENGTH = 10_000  # characters of a text in metadata.jsonl; the tokenizer keeps 77 words at most
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def read_sample(line, scene, root, where):
     for key in ("file_name", "prompt", "value"):
         if not isinstance(entry[key], str) or not entry[key].strip():
             raise ValueError(f"expected a text as {key}, got {entry[key]!r}")
+        if len(entry[key]) > MAX_LENGTH:
+            raise ValueError(f"expected at most {MAX_LENGTH} characters as {key}, got {len(entry[key])}")
         entry[key].encode()  # half of a surrogate pair is a ValueError
     if type(entry["label"]) is not int:  # isinstance would take True
         raise ValueError(f"expected an integer as label, got {entry['label']!r}")

@@ -10,12 +10,13 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
+import time
 import tomllib
 import warnings
 from dataclasses import field, fields
 from datetime import timedelta
-from math import inf
 from pathlib import Path
 
 import torch
@@ -26,12 +27,15 @@ from retrieve import retrieve
 from sample import captioned, generate
 
 TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"  # what torchrun sets
+RANK, WORLD, LOCAL_RANK, PORT = (int(text) if (text := os.environ.get(name, "")).isdecimal() else default
+                                 for name, default in zip(TORCHRUN, (0, 1, 0, 1)))
+JOIN_SECONDS = 40  # in which all processes of torchrun have to be there
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of sample sheets and the last table
 
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def setting(default, text, low=0.0, high=inf):
+def setting(default, text, low=0.0, high=1e9):
     """A field of the dataclass of settings, with the help and the limits of its option."""
     return field(default=default, metadata={"help": text, "low": low, "high": high})
 
@@ -59,6 +63,7 @@ def parse_settings(parser, cls, argv):
 
     Options win over the settings of a resumed run, and over those that come with the weights.
     """
+    check_torchrun()
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume and args.out:
@@ -203,11 +208,40 @@ def caught_signals():
             signal.signal(kind, handler)
 
 
+def check_torchrun():
+    """Raise UserError for variables of torchrun that are wrong, or there without the others."""
+    found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    sound = len(found) == len(TORCHRUN) and all(found[name].isdecimal() for name in TORCHRUN[:4])
+    if found and not (sound and max(RANK, LOCAL_RANK) < WORLD and 0 < PORT < 2**16):
+        raise UserError(f"expected {', '.join(TORCHRUN)} in the environment as torchrun sets them, or none, got {found}")
+
+
 def join_processes(device):
     """Under torchrun: join the other processes. They wait while one of them encodes the data."""
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        try:  # first for a short time, as a process may be missing
+            wait_for_master()
+            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+            store.set(f"joined {RANK}", "")
+            store.wait([f"joined {rank}" for rank in range(WORLD)], timedelta(seconds=JOIN_SECONDS))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"expected {WORLD} processes at MASTER_ADDR and MASTER_PORT, got: {error}") from error
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2),
+                                store=dist.PrefixStore("livo", store), rank=RANK, world_size=WORLD)
         atexit.register(dist.destroy_process_group)
+
+
+def wait_for_master(seconds_between=0.5):
+    """Raise OSError if nothing listens at the address of the first process; torch itself would print a page."""
+    socket.getaddrinfo(os.environ["MASTER_ADDR"], PORT)
+    end = time.monotonic() + JOIN_SECONDS
+    while RANK > 0:
+        try:
+            return socket.create_connection((os.environ["MASTER_ADDR"], PORT), JOIN_SECONDS).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(seconds_between)
 
 
 def sum_over_processes(*tensors):

@@ -48,9 +48,9 @@ class Settings:
     init: str = setting("", "initial value encoder, folder or hub name; by default the frozen text encoder")
     data: str = setting("", "folder of preference data, or toy: rendered portraits for tiny-sd")
     steps: int = setting(15_000, "optimizer steps", 1)
-    batch: int = setting(8, "pairs a step, over all processes", 1)
-    micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1)
-    group_size: int = setting(1, "consecutive pairs that share a principle; 1 mixes them", 1)
+    batch: int = setting(8, "pairs a step, over all processes", 1, 2**16)
+    micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1, 2**10)
+    group_size: int = setting(1, "consecutive pairs that share a principle; 1 mixes them", 1, 2**16)
     min_timestep: int = setting(0, "lowest timestep that is trained", 0, 999)
     lr: float = setting(1e-6, "learning rate")
     final_ln_lr_scale: float = setting(1.0, "factor on it for the final LayerNorm, which sets the token norm")
@@ -252,6 +252,8 @@ def main(argv=None):
     join_processes(device)
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
+    if s.min_timestep >= (steps := len(Schedule(sd.scheduler).alphas_cumprod)):
+        raise UserError(f"--min-timestep: expected an integer from 0 to {steps - 1}, got {s.min_timestep}")
     keep_freed_memory(large=True)
     if args.checkpointing:
         checkpoint_layers(sd.unet, (ResnetBlock, SpatialTransformer))

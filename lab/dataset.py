@@ -55,6 +55,7 @@ MIN_ACCEPTANCE = 0.05  # a class that a smaller fraction of the images shows …
 PATIENCE = 64  # … after so many attempts is given up
 PRESERVATION_FRACTION = 0.5  # preservation images per toxicity pair
 TOY_STEPS, STEPS = 10, 25  # of DPM-Solver++: for tiny-sd 10 look like 15; 25 are the paper's
+MAX_SCENES = 99_999  # of a principle in `draw`
 OWN_TYPE = "own"  # bias scenes of the user's concepts
 
 
@@ -328,8 +329,9 @@ class Mix(argparse.Action):
         mix = dict(self.default)
         for text in texts:
             attribute, _, digits = text.partition("=")
-            if attribute not in mix or not digits.isdecimal():
-                raise UserError(f"{option}: expected ATTRIBUTE=NUMBER, of {', '.join(mix)}, got {text}")
+            if attribute not in mix or not digits.isdecimal() or len(digits) > len(str(MAX_SCENES)):
+                raise UserError(f"{option}: expected ATTRIBUTE=NUMBER, of {', '.join(mix)}, up to {MAX_SCENES}, "
+                                f"got {text}")
             mix[attribute] = int(digits)
         setattr(namespace, self.dest, mix)
 
@@ -352,12 +354,12 @@ def add_build_options(parser):
         f"else {STEPS})")
     add("--sampler", choices=["ddim", "dpm"], default="dpm", help="dpm: DPM-Solver++(2M)")
     add("--guidance", type=number(float, 0, 1000), default=7.5, help="guidance scale; off up to 1")
-    add("--batch-size", type=count, default=16, help="images at a time")
+    add("--batch-size", type=number(int, 1, 1024), default=16, help="images at a time")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of everything random")
     add("--format", choices=["png", "jpg"], default="png", help="of the images")
     add("--shard", type=parse_shard, default=torchrun, metavar="I/N",
         help="this is process I of N, counted from 0; torchrun sets it")
-    add("--threads", type=count, default=1, help="CPU threads; their number can change an image's last bits, "
+    add("--threads", type=number(int, 1, 1024), default=1, help="CPU threads; their number can change an image's last bits, "
         "so more processes are the better way to use more cores")
     add_device_options(parser)
 

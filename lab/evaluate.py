@@ -434,7 +434,7 @@ def parse_args(argv=None):
     add("--steps", type=count, default=25, help="UNet evaluations per image")
     add("--guidance", type=number(float, 0, 1000), default=7.5, help="classifier-free guidance, off up to 1")
     add("--sampler", choices=["ddim", "dpm"], default="dpm", help="dpm: DPM-Solver++(2M)")
-    add("--batch-size", type=count, default=25, help="images at a time")
+    add("--batch-size", type=number(int, 1, 1024), default=25, help="images at a time")
     add_device_options(parser)
     add("--out", type=Path, default=Path("runs/evaluate"), help="folder to write to")
     args = parser.parse_args(argv)

@@ -153,7 +153,7 @@ def test_compiled_unet_generates_the_same(tmp_path, monkeypatch):
                        for name, more in (("plain", []), ("compiled", ["--compile"])))
     assert abs(plain - compiled).max() <= 1
     monkeypatch.setenv("CXX", "no-such-compiler")
-    refused("--compile: expected a C.. compiler, got no no-such-compiler", run_sample, TOKENIZER.parent, tmp_path,
+    refused("--compile: expected a C.. compiler, got no-such-compiler", run_sample, TOKENIZER.parent, tmp_path,
             *options, "--compile")
 
 
