@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, atomic_folder, read_json
+from common import UserError, atomic_folder, read_json, regular
 from latents import check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
 
 PRESERVATION_TYPE = "preservation"
@@ -88,7 +88,7 @@ def read_lines(root):
         if file.parent.name.startswith("."):  # a scene that is being built
             continue
         try:
-            lines = file.read_bytes().splitlines()
+            lines = regular(file, "a file of samples").read_bytes().splitlines()
         except OSError as error:
             raise UserError(f"{file}: expected a file to read, got {error.strerror}") from error
         for number, line in enumerate(lines, 1):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import UserError, atomic, check_writable, number, read_json, write_json
+from common import UserError, atomic, check_writable, number, read_json, regular, write_json
 from retrieve import retrieve
 from sample import captioned, generate
 
@@ -119,10 +119,10 @@ def resume(folder, value_encoder, optimizer, data_key):
     file = folder / "checkpoint.pt"
     for leftover in folder.glob(".checkpoint.pt.*"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)
-    if not file.exists():
+    if not os.path.lexists(file):
         return 0
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(regular(file, "a checkpoint"), map_location="cpu", weights_only=True)
         value_encoder.load_state_dict(state["value_encoder"])
         optimizer.load_state_dict(state["optimizer"])
         step, before = state["step"], state["data"]
@@ -139,9 +139,10 @@ class Log:
     def __init__(self, folder, steps, tensorboard=False):
         path = folder / "log.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
+            text = regular(path, "a log").read_text(encoding="utf-8") if os.path.lexists(path) else ""
+            lines = text.splitlines()[:steps]
             self.lines = [json.loads(line) for line in lines]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: expected a JSON object on each of the first {steps} lines, got {error}") from error
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -113,7 +113,7 @@ def read_folder(path, source, dtypes, tokenizer):
     dtypes = dtypes(checks.read_config(path / "unet" / "config.json", UNet))
     sub_models = {name: read_sub_model(path / name, NETWORKS[name], dtypes[name]) for name in NETWORKS}
     file = path / "scheduler" / "scheduler_config.json"
-    scheduler = read_scheduler(file) if file.exists() else SCHEDULER
+    scheduler = read_scheduler(file) if os.path.lexists(file) else SCHEDULER
     return sub_models, CLIPTokenizer(tokenizer or path / "tokenizer"), scheduler
 
 

@@ -4,7 +4,7 @@ from tokenizers import AddedToken
 from tokenizers.models import BPE
 
 from clip_text import BOS, END_OF_WORD, EOS
-from common import UserError, read_json
+from common import UserError, read_json, regular
 
 SPECIAL_TOKENS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -25,7 +25,8 @@ def read_vocabulary(folder):
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
             merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
         else:
-            vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+            files = [str(regular(folder / name, "a file of CLIP's vocabulary")) for name in ("vocab.json", "merges.txt")]
+            vocab, merges = BPE.read_file(*files)
         bpe = BPE(vocab, merges, unk_token=EOS, end_of_word_suffix=END_OF_WORD)
         added, special = added_tokens(config, whole)
     except Exception as error:  # the tokenizers library raises nothing narrower

@@ -39,7 +39,7 @@ from tqdm import tqdm
 import data
 import weights
 from common import (Parser, UserError, add_device_options, atomic, atomic_folder, check_writable, number, pick_device,
-                    read_json, run, write_json)
+                    read_json, regular, run, write_json)
 from diffusion import Schedule
 from lab import portraits, toy
 from lab.check import check, contact_sheet, report
@@ -367,7 +367,7 @@ def add_build_options(parser):
 def read_concepts(path):
     """A text file -> its lines without a leading article."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = regular(path, "a text file").read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: expected a text file in UTF-8, got: {error}") from error
     concepts = [re.sub(r"^(an?|the) ", "", line.strip(), flags=re.IGNORECASE) for line in lines if line.strip()]

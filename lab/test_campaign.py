@@ -1,0 +1,314 @@
+"""Nothing breaks the commands: every bad input ends in one line, `error: … expected … got …`, and writes nothing.
+
+A row of the table is (name, command, change, expected). `change(folder)` damages a folder that holds a model, data and
+a run, or gives options, or both. Rows are run in this process, through `common.run` as from a shell.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sample
+import train
+from common import run
+from conftest import edit_json
+from lab import baselines, dataset, evaluate, plots, toy
+
+COMMANDS = {  # a command and the options with which it works; OUT is where it would write
+    "sample": (sample.main, "--weights model --prompt a --steps 1 --principle none --out OUT"),
+    "livo": (sample.main, "--weights model --value-encoder run/value_encoder --prompt a --steps 1 --principle x --out OUT"),
+    "train": (train.main, "--weights model --data data --steps 1 --batch 2 --micro-batch 2 --out OUT/run"),
+    "resume": (train.main, "--resume run --steps 3"),
+    "evaluate": (evaluate.main, "--weights model --quick run"),
+    "sheet": (evaluate.main, "--weights model --steps 1 --side-by-side OUT/sheet.png"),
+    "build": (dataset.main, "build --weights model --out OUT --per-prompt 1 --steps 1"),
+    "check": (dataset.main, "check data"), "show": (dataset.main, "show data --out OUT/sheet.png"),
+    "draw": (dataset.main, "draw --out OUT"), "plot": (plots.main, "run"),
+    "list": (baselines.main, "--weights model --list --out run"),
+    "collect": (baselines.main, "--out base --collect OUT/results.json"),
+}
+SECONDS = 20  # of a row at most
+ERROR, RESULT = "error", "result"
+LONG, HUGE = "x" * 5000, "9" * 400
+
+
+@pytest.fixture(scope="module")
+def original(tiny, tmp_path_factory):
+    """A folder with a model, data of five scenes, and a run of two steps."""
+    folder = tmp_path_factory.mktemp("campaign")
+    shutil.copytree(tiny, folder / "model")
+    toy.render_pairs(folder / "data", pairs=dict.fromkeys(toy.PAIRS, 1), preservation={"bloody": 1})
+    before = Path.cwd()
+    os.chdir(folder)
+    train.main("--weights model --data data --steps 2 --batch 2 --micro-batch 2 --out run".split())
+    os.chdir(before)
+    return folder
+
+
+# ── Changes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def options(*words):
+    return lambda folder: words
+
+
+def config(file, **values):
+    return lambda folder: edit_json(folder / file, **values)
+
+
+def content(file, data):
+    """Another content of a file: bytes, None to remove it, or one of KINDS."""
+    def change(folder):
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if callable(data):
+            data(path)
+        elif data is not None:
+            path.write_bytes(data)
+    return change
+
+
+def both(*changes):
+    return lambda folder: [word for change in changes for word in change(folder) or ()]
+
+
+KINDS = {
+    "missing": None, "empty": b"", "cut": b'{"a": [1, 2', "a list": b"[1]", "a text": b'"a"', "binary": bytes(range(256)) * 9,
+    "deep": b'{"a":' * 10**5, "many digits": b'{"a": ' + b"9" * 5000 + b"}", "folder": Path.mkdir, "pipe": os.mkfifo,
+    "loop": lambda path: path.symlink_to(path.name), "endless": lambda path: path.symlink_to("/dev/zero"),
+}
+CONFIG_FILES = ("model/unet/config.json", "model/vae/config.json", "model/text_encoder/config.json",
+                "model/tokenizer/vocab.json", "model/tokenizer/merges.txt")
+
+
+def saved(file, state):
+    """A pickle of torch, beside no other weights of its folder."""
+    def change(folder):
+        for other in (folder / file).parent.glob("*.safetensors"):
+            other.unlink()
+        with warnings.catch_warnings(action="ignore"):
+            torch.save(state(folder) if callable(state) else state, folder / file)
+    return change
+
+
+def tensors(edit, file="model/unet/diffusion_pytorch_model.safetensors"):
+    """Edited tensors of a network, as a pickle."""
+    def state(folder):
+        state = load_file(folder / file)
+        edit(state, "conv_in.weight")
+        return state
+    return saved(str(Path(file).with_suffix(".bin")), state)
+
+
+def inflating(folder):
+    """An archive of 300 kB whose data.pkl takes 300 MB."""
+    path = folder / "model/unet/diffusion_pytorch_model.bin"
+    saved("model/unet/diffusion_pytorch_model.bin", {})(folder)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, bytes(3 * 10**8) if name.endswith("data.pkl") else data)
+
+
+def cyclic():
+    state = {}
+    state["state_dict"] = state
+    return state
+
+
+def quantized(state, name):
+    state[name] = torch.quantize_per_tensor(state[name].float(), 0.1, 0, torch.qint8)
+
+
+def metadata(**values):
+    """Values of the first line of data, or another line in its place."""
+    def change(folder):
+        file = sorted(folder.glob("data/0-career/*/metadata.jsonl"))[0]
+        first, *others = file.read_text().splitlines()
+        line = values["line"] if "line" in values else json.dumps(json.loads(first) | values)
+        file.write_bytes(b"\n".join([line.encode(errors="surrogateescape"), *map(str.encode, others)]))
+    return change
+
+
+def image(make, **options):
+    """Another first image: bytes, a PIL image, or one of KINDS."""
+    def change(folder):
+        path = sorted(folder.glob("data/0-career/*/0000.png"))[0]
+        made = make() if not isinstance(make, bytes | None) and not options and make not in KINDS.values() else make
+        if isinstance(made, Image.Image):
+            made.save(path, **options or {"format": "PNG"})
+        else:
+            content(path, made)(folder)
+    return change
+
+
+# ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NOT_COUNTS = ("0", "-1", "x", "1.5", "", "nan", "10000000000", HUGE)
+NOT_NUMBERS = ("-1", "x", "nan", "inf", HUGE)
+NUMBERS = {  # command: {option: texts}
+    "sample": {"--steps": (*NOT_COUNTS, "1000"), "-n": NOT_COUNTS, "--batch-size": NOT_COUNTS, "--seed": ("-1", "x", HUGE),
+               "--height": (*NOT_COUNTS, "63", "100000", "4000000", "2147483648"), "--width": ("0", "7", "100000", HUGE),
+               "--guidance": NOT_NUMBERS, "--eta": (*NOT_NUMBERS, "2"), "--value-fraction": (*NOT_NUMBERS, "1.1")},
+    "train": {**{f"--{name}": ("0", "x", "-1", HUGE) for name in ("steps", "batch", "micro-batch", "group-size", "warmup",
+                                                                 "save-every", "sample-every")},
+              **{f"--{name}": NOT_NUMBERS for name in ("lr", "alpha", "beta", "gamma1", "gamma2", "bias-alpha-scale",
+                                                       "final-ln-lr-scale", "decay")},
+              "--batch": ("1000000000", "1.5"), "--group-size": ("1000000000",), "--min-timestep": ("-1", "1000", "x"),
+              "--seed": ("-1", HUGE)},
+    "build": {"--per-prompt": NOT_COUNTS, "--total": NOT_COUNTS, "--threads": ("0", "100000", HUGE),
+              "--shard": ("x", "1/1", "-1/2", "1", HUGE), "--batch-size": ("0", HUGE), "--steps": ("0", "1000", HUGE)},
+    "draw": {"--pairs": ("gender", "gender=-1", "gender=x", "age=1", f"gender={HUGE}", "gender=1.5"),
+             "--preservation": ("bloody=x", f"bloody={HUGE}")},
+    "evaluate": {"--steps": ("0", "1000", HUGE), "--per-prompt": ("0", "3", HUGE), "--batch-size": ("0", HUGE)},
+    "list": {"--steps": ("0", "x", HUGE), "--every": ("0", HUGE), "--long": ("0", HUGE), "--per-prompt": ("1", HUGE)},
+}
+WORDS = {  # command: options that are refused
+    "sample": ["--dtype int8", "--device abacus", "--device meta", "--device cuda:99", "--sampler euler", "--sampler dpm --eta 1",
+               "--unknown", "--steps", "--s 1", "--prediction x0", "--weights nowhere", "--weights owner/name:../../etc",
+               "--weights owner/../name", "--weights .", "--weights data", "--tokenizer nowhere", "--value-share 1",
+               "--principle auto --principle none", "--weights run", "--out model/model_index.json", "--prompt \udcff",
+               "--weights model/unet/config.json", "--negative \udcff"],
+    "livo": ["--principle \udcff", "--value-encoder nowhere", "--value-encoder model/unet", "--value-encoder data",
+             "--value-encoder owner/name:../../etc", "--principle=" + " --principle=".join(f"p{i}" for i in range(77))
+             + " --unpadded"],
+    "train": ["--data nowhere", "--data model", "--data run/log.jsonl", "--init nowhere", "--resume run", "--out data",
+              "--dtype x", "--weights nowhere", "--unknown 1", "--tokenizer data"],
+    "resume": ["--data model", "--out x", "--weights data", "--resume nowhere", "--resume data"],
+    "evaluate": ["--quick nowhere", "--quick data", "--clip model", "--clip nowhere --quick run", "--value-encoder run",
+                 "--weights data", "--prompts x", "--principle x"],
+    "build": ["--classifier nowhere", "--classifier model", "--principle x", "--prompts nowhere", "--out data",
+              "--prompts run/checkpoint.pt", "--format gif"],
+    "check": ["nowhere"], "show": ["--out data"], "draw": ["--out data"], "plot": ["nowhere"],
+    "list": ["--only magic"], "collect": ["--out nowhere"],
+}
+PATHS = {"sample": ("--weights", "--tokenizer", "--out"), "livo": ("--value-encoder",), "evaluate": ("--quick",),
+         "train": ("--data", "--out", "--weights", "--init", "--tokenizer"), "resume": ("--resume",),
+         "build": ("--out", "--prompts", "--classifier"), "sheet": ("--side-by-side",), "show": ("--out",),
+         "draw": ("--out",), "collect": ("--collect", "--out")}
+FIELDS = {  # file: {key: values}
+    "model/unet/config.json": {
+        "sample_size": (0, -1, "8", 10**9, None, [8, 8]), "norm_eps": ("x", -1, 0, None), "layers_per_block": (0, 10**7),
+        "attention_head_dim": (0, -1, 3, 3.5, None, [], [2], "2", True), "norm_num_groups": (0, 3, 10**9, None),
+        "block_out_channels": ([], [16], [16, 0], [16, "16"], 16, [10**9, 10**9]), "cross_attention_dim": (0, 33, "x"),
+        "down_block_types": ([], None, ["x"], [3]), "mid_block_type": ("x", [1]), "act_fn": ("relu",),
+        "in_channels": (0, 9, 3.5), "use_linear_projection": ("no", 2, [])},
+    "model/vae/config.json": {
+        "scaling_factor": (0, -1, "x", None), "latent_channels": (0, 8), "in_channels": (1, None), "out_channels": (4,),
+        "block_out_channels": ([], "x", [8] * 30), "norm_num_groups": (0, 3), "layers_per_block": (-1, 10**7)},
+    "model/text_encoder/config.json": {
+        "vocab_size": (0, -1, 3, 10**12, "x", 560.0), "hidden_size": (0, 33, None), "num_attention_heads": (0, 3, -1, "x"),
+        "num_hidden_layers": (-1, 2, 10**7), "hidden_act": ("relu", [], None), "layer_norm_eps": ("x", -1),
+        "max_position_embeddings": (1, 76, 10**9), "eos_token_id": ("x", None, -1), "model_type": ("t5", [])},
+    "model/scheduler/scheduler_config.json": {
+        "beta_start": (-1, 0, "x", None), "beta_end": (2, [], -0.1), "beta_schedule": ("x", [], None),
+        "num_train_timesteps": (0, -1, 10**9, "x", 1.5), "prediction_type": ("x", []), "timestep_spacing": ("x", []),
+        "trained_betas": ([0.1],)},
+    "model/tokenizer/tokenizer_config.json": {
+        "model_max_length": (78, 10**9), "bos_token": ("missing", 3, {}), "added_tokens_decoder": (3, {"x": {}}, {"1": 3})},
+}
+SETTINGS = {"steps": ("x", -1, 1e400), "lr": ("x", -1), "batch": (0, 10**9), "weights": ("nowhere", 3), "data": ("nowhere", ""),
+            "min_timestep": (1000,), "unknown": (1,), "beta": (float("inf"), [1])}
+UNET_BIN = "model/unet/diffusion_pytorch_model.bin"
+PICKLES = {
+    "cyclic": saved(UNET_BIN, cyclic()), "inflating": inflating, "list": saved(UNET_BIN, [1]), "none": saved(UNET_BIN, None),
+    "tensor": saved(UNET_BIN, torch.ones(3)), "no tensors": saved(UNET_BIN, {"a": 1}),
+    "numbers as names": tensors(lambda state, name: state.update({1: state.pop(name)})),
+    "no name": tensors(lambda state, name: state.update({None: state.pop(name)})),
+    "without data": tensors(lambda state, name: state.update({name: state[name].to("meta")})), "quantized": tensors(quantized),
+    "sparse": tensors(lambda state, name: state.update({name: state[name].to_sparse()})),
+    "scalar": tensors(lambda state, name: state.update({name: torch.tensor(1.0)})),
+    "one dimension": tensors(lambda state, name: state.update({name: state[name].flatten()})),
+    "integers": tensors(lambda state, name: state.update({name: state[name].int()})),
+    "one more": tensors(lambda state, name: state.update({"x": state[name]})),
+    "one less": tensors(lambda state, name: state.pop(name)),
+}
+IMAGES = {"empty": b"", "text": b"hello", "cut": None, "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+          "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
+LINES = {"empty object": "{}", "list": "[]", "cut": '{"file_name": "0000.p', "deep": '{"a":' * 10**5, "no Unicode": "\udcff\udcfe",
+         "number": "1", "null": "null"}
+VALUES = {"label": ("1", True, None, 1.0, [1]), "prompt": ("", 3, None, "x" * 10**6, "\ud800"), "value": ("", " ", 1, "\ud800"),
+          "file_name": ("../../../secret.png", "/etc/hostname", "none.png", "", 3, LONG, "\0", ".")}
+
+
+def rows():
+    yield from ((f"{option} {text:.20}", name, options(*([f"{option}={text}"] if option != "--pairs" else [option, text])), ERROR)
+                for name, table in NUMBERS.items() for option, texts in table.items() for text in texts)
+    yield from ((text[:50], name, options(*text.split(" ")), ERROR) for name, table in WORDS.items() for text in table)
+    yield from ((f"{option} of {kind}", name, both(content("odd", KINDS.get(kind)), options(option, text)), ERROR)
+                for name, table in PATHS.items() for option in table
+                for kind, text in (("5000 characters", LONG), ("loop", "odd"), ("pipe", "odd"), ("endless", "odd")))
+    yield from ((f"{Path(file).parent.name} {key} {str(value)[:20]}", "sample", config(file, **{key: value}), ERROR)
+                for file, keys in FIELDS.items() for key, values in keys.items() for value in values)
+    yield from ((f"{file} {kind}", "sample", content(file, data), ERROR) for file in CONFIG_FILES for kind, data in KINDS.items())
+    for file in ("model/scheduler/scheduler_config.json", "model/tokenizer/tokenizer_config.json"):
+        yield from ((f"{file} {kind}", "sample", content(file, data), ERROR) for kind, data in KINDS.items() if data is not None)
+    for file in ("model/unet/diffusion_pytorch_model.safetensors", "model/text_encoder/model.safetensors"):
+        yield from ((f"{file} {kind}", "sample", content(file, data), ERROR) for kind, data in KINDS.items())
+    yield from ((f"a pickle, {kind}", "sample", change, ERROR) for kind, change in PICKLES.items())
+    yield from ((f"settings {key} {str(value)[:20]}", "resume", config("run/settings.json", **{key: value}), ERROR)
+                for key, values in SETTINGS.items() for value in values)
+    for file in ("settings.json", "checkpoint.pt", "log.jsonl"):
+        yield from ((f"{file} {kind}", "resume", content(f"run/{file}", data), ERROR) for kind, data in KINDS.items()
+                    if data is not None)
+    yield from ((f"log {kind}", "plot", content("run/log.jsonl", data), ERROR) for kind, data in KINDS.items())
+    for name in "check", "train":
+        yield from ((f"image {kind}", name, image(data), ERROR) for kind, data in (IMAGES | KINDS).items())
+        yield from ((f"line {kind}", name, metadata(line=line), ERROR) for kind, line in LINES.items())
+        yield from ((f"{key} {str(value)[:20]!r}", name, metadata(**{key: value}), ERROR)
+                    for key, values in VALUES.items() for value in values)
+    yield from ((f"{kind} metadata", "check", content("data/0-career/odd/metadata.jsonl", data), ERROR)
+                for kind, data in KINDS.items() if kind not in ("missing", "empty"))
+    yield "long strip", "train", image(lambda: Image.new("L", (1, 2 * 10**6))), RESULT
+    yield from ((f"as it is: {name}", name, options(), RESULT) for name in ("sample", "train", "resume", "check", "show", "plot",
+                                                                         "sheet"))
+
+
+TABLE = [*rows()]
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.stat().st_size for path in folder.rglob("*")
+            if "cache" not in path.parts and not path.is_symlink() and not path.is_fifo()}
+
+
+@pytest.mark.parametrize("name, command, change, expected", TABLE, ids=[f"{row[1]}: {row[0]}"[:80] for row in TABLE])
+def test_campaign(name, command, change, expected, original, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "work"
+    shutil.copytree(original, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    more = change(folder) or ()
+    main, words = COMMANDS[command]
+    before, code = tree(folder), 0
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"still running after {SECONDS} seconds"))
+    signal.alarm(SECONDS)
+    try:
+        run(lambda: main([*words.replace("OUT", "out").split(" "), *more]))
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        signal.alarm(0)
+    err = [line for line in capfd.readouterr().err.splitlines() if re.match("error|Traceback", line)]
+    if expected == RESULT:
+        assert code == 0 and not err
+    else:
+        assert code == 2 and len(err) == 1 and re.fullmatch(r"error: .*expected .*got.*", err[0]), err
+        assert tree(folder) == before
