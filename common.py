@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -57,7 +58,7 @@ def run(main):
 
 
 def one_line(text, length=1000):
-    line = " ".join(str(text).split())
+    line = re.sub(r"(\S{80})\S{80,}", r"\1…", " ".join(str(text).split()))
     return line if len(line) <= length else line[:length] + "…"
 
 

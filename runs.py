@@ -142,8 +142,10 @@ class Log:
             text = regular(path, "a log").read_text(encoding="utf-8") if os.path.lexists(path) else ""
             lines = text.splitlines()[:steps]
             self.lines = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: expected a JSON object on each of the first {steps} lines, got {error}") from error
+            if lines and [line["step"] for line in self.lines] != list(range(steps)):
+                raise ValueError(f"{len(lines)} lines, or others")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path}: expected a JSON object for each of the first {steps} steps, got {error}") from error
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # line by line

@@ -23,7 +23,7 @@ def locate(source, choose, markers):
 
 def fetch(source, choose, markers):
     """A hub name -> the Path of its folder in the cache, up to date if the hub can be reached. Raises UserError."""
-    if not HUB_NAME.fullmatch(source) or source.endswith(FILE_SUFFIXES):
+    if not HUB_NAME.fullmatch(source) or ".." in re.split("[/:]", source) or source.endswith(FILE_SUFFIXES):
         raise UserError(f"{source}: expected a file, a folder or a hub name (owner/name), got nothing there")
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache  # slow to import
 

@@ -1,5 +1,7 @@
 """The files of a CLIP tokenizer's folder: tokenizer.json, or vocab.json and merges.txt, and two files of settings."""
 
+import os
+
 from tokenizers import AddedToken
 from tokenizers.models import BPE
 
@@ -16,7 +18,7 @@ def read_vocabulary(folder):
 
     Raises UserError without a usable vocabulary.
     """
-    config, whole, special = (read_json(path) if (path := folder / name).exists() else {} for name in (
+    config, whole, special = (read_json(path) if os.path.lexists(path := folder / name) else {} for name in (
         "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"))
     if "added_tokens_decoder" not in config:  # in older folders another file has precedence
         config |= special
@@ -32,6 +34,8 @@ def read_vocabulary(folder):
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"{folder}: expected CLIP's vocab.json and merges.txt, or its tokenizer.json, "
                         f"got {error!r}") from error
+    if not merges:
+        raise UserError(f"{folder}: expected merges of byte pairs in merges.txt or tokenizer.json, got none")
     if missing := set(special.values()) - set(vocab):
         raise UserError(f"{folder}: expected {', '.join(sorted(missing))} in the vocabulary, got none")
     if sorted(vocab.values()) != list(range(len(vocab))):
