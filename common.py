@@ -149,8 +149,8 @@ def atomic_folder(folder, marker, keep=False):
             put(temporary, folder)
 
 
-def read_json(path):
-    """The object in a JSON file. Raises UserError for anything else."""
+def read_json(path, **kinds):
+    """The object in a JSON file. Raises UserError for anything else, or where a key has no value of its kind."""
     try:
         content = json.loads(regular(path, "a JSON file").read_text(encoding="utf-8"))
     except OSError as error:
@@ -159,6 +159,9 @@ def read_json(path):
         raise UserError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path}: expected {kind.__name__} as {key}, got {content.get(key)!r}")
     return content
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from common import UserError, atomic_folder, read_json, regular
-from latents import check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
+from latents import cached, check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
 
 PRESERVATION_TYPE = "preservation"
 MAX_LENGTH = 10_000  # characters of a text in metadata.jsonl; the tokenizer keeps 77 words at most
@@ -134,15 +134,24 @@ class PreferenceDataset:
     def __init__(self, root, sd, cache, group_size=1):
         samples, faults = read_samples(root)
         self.key = fingerprint(sd, samples, Path(root).resolve())
-        folder = Path(cache) / self.key
-        if not folder.exists():
+        total, prompts = len(samples) + len(faults), unique_prompts(samples)
+
+        def make(folder):
             remove_leftovers(folder)
-            with atomic_folder(folder, "broken.json") as temporary:
+            with atomic_folder(folder, "broken.json", keep=True) as temporary:
                 encode_samples(sd, samples, faults, root, temporary)
-        total = len(samples) + len(faults)
-        broken = {int(i): fault for i, fault in read_json(folder / "broken.json").items()}
-        faults += [f"{samples[i].where}: {fault}" for i, fault in broken.items()]
-        prompts = unique_prompts(samples)
+
+        def read(folder):
+            broken = {int(i): fault for i, fault in read_json(folder / "broken.json").items()}
+            channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
+            shape = (len(samples) - len(broken), 2, 2, channels, size, size)  # sample, plain or mirrored, mean or log-variance
+            latents = map_file(folder / "latents.bin", shape, torch.float16)
+            shape = (len(prompts), sd.tokenizer.max_length, sd.text_encoder.config.hidden_size)
+            embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
+            return {i: f"{samples[i].where}: {fault}" for i, fault in broken.items()}, latents, embeds
+
+        broken, self.latents, self.prompt_embeds = cached(Path(cache) / self.key, read, make)
+        faults += broken.values()
         samples = [sample for i, sample in enumerate(samples) if i not in broken]
         self.aligned, self.violating = pair_up(samples, faults)
         for fault in faults:
@@ -155,11 +164,6 @@ class PreferenceDataset:
         sizes = Counter(kind(sample) if group_size > 1 else "" for sample, _ in self.aligned)
         self.groups = tuple(pairwise([0, *accumulate(sizes.values())]))  # (first, end) of each in `aligned`
 
-        channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
-        shape = (len(samples), 2, 2, channels, size, size)  # sample, plain or mirrored, mean or log-variance
-        self.latents = map_file(folder / "latents.bin", shape, torch.float16)
-        shape = (len(prompts), sd.tokenizer.max_length, sd.text_encoder.config.hidden_size)
-        self.prompt_embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
         self.prompt_rows = {prompt: row for row, prompt in enumerate(prompts)}
 
     def __len__(self):

@@ -6,6 +6,7 @@ from its number.
 
 import atexit
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -98,6 +99,20 @@ def check_new(folder):
                         f"resume with --resume {folder}, or choose another --out")
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the folder of a run. The system frees it when the process ends, even killed. Raises UserError for a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: expected a run of one process, got one that another process is training") from error
+    finally:
+        os.close(handle)
+
+
 def save_settings(folder, s):
     with atomic(folder / "settings.json") as path:
         write_json(path, vars(s))
@@ -117,15 +132,18 @@ def resume(folder, value_encoder, optimizer, data_key):
     Raises UserError if it is damaged, or of other data or weights.
     """
     file = folder / "checkpoint.pt"
-    for leftover in folder.glob(".checkpoint.pt.*"):  # of a process that was killed while it wrote
-        leftover.unlink(missing_ok=True)
     if not os.path.lexists(file):
         return 0
     try:
         state = torch.load(regular(file, "a checkpoint"), map_location="cpu", weights_only=True)
         value_encoder.load_state_dict(state["value_encoder"])
+        groups = [group | {"lr": 0} for group in optimizer.state_dict()["param_groups"]]
         optimizer.load_state_dict(state["optimizer"])
         step, before = state["step"], state["data"]
+        sound = groups == [group | {"lr": 0} for group in optimizer.state_dict()["param_groups"]] and all(
+            tensor.shape in ((), p.shape) for p, moments in optimizer.state.items() for tensor in moments.values())
+        if not (sound and type(step) is int and step >= 0):
+            raise ValueError("other settings or shapes of the optimizer")
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{file}: expected a checkpoint of such a value encoder, got {error!r}") from error
     if before != data_key:
@@ -142,7 +160,7 @@ class Log:
             text = regular(path, "a log").read_text(encoding="utf-8") if os.path.lexists(path) else ""
             lines = text.splitlines()[:steps]
             self.lines = [json.loads(line) for line in lines]
-            if lines and [line["step"] for line in self.lines] != list(range(steps)):
+            if os.path.lexists(path) and [line["step"] for line in self.lines] != list(range(steps)):
                 raise ValueError(f"{len(lines)} lines, or others")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path}: expected a JSON object for each of the first {steps} steps, got {error}") from error

@@ -26,7 +26,6 @@ import math
 import os
 import random
 import re
-import shutil
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -256,8 +255,6 @@ def build(scenes, out, settings, generate, classify, shard=(0, 1)):
 
 
 def write_scene(folder, suffix, samples, facts):
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed while it wrote
-        shutil.rmtree(leftover, ignore_errors=True)
     with atomic_folder(folder, "scene.json") as temporary:
         if samples:
             toy.write_scene(temporary, samples, suffix)
@@ -267,8 +264,8 @@ def write_scene(folder, suffix, samples, facts):
 def start(out, settings, scenes):
     """Write dataset.json, or find it there with the same settings."""
     file = out / "dataset.json"
-    if file.exists():
-        before, now = read_json(file).get("settings", {}), json.loads(json.dumps(settings))
+    if os.path.lexists(file):
+        before, now = read_json(file, settings=dict)["settings"], json.loads(json.dumps(settings))
         if other := [key for key in now if before.get(key) != now[key]]:
             words = "; ".join(f"{key} {shorten(before.get(key))}, not {shorten(now[key])}" for key in other)
             raise UserError(f"{out}: expected a new folder, or a set with the same settings, got one with {words}")
@@ -286,7 +283,8 @@ def shorten(value, length=60):
 
 def finish(out, settings, scenes):
     """Write a contact sheet for each principle, and the facts about all scenes into dataset.json."""
-    facts = {scene.folder: read_json(out / scene.folder / "scene.json") for scene in scenes}
+    facts = {scene.folder: read_json(out / scene.folder / "scene.json", images=int, tried=dict, kept=dict, files=list)
+             for scene in scenes}
     principles = {}
     for scene in scenes:
         fact, sums = facts[scene.folder], principles.setdefault(scene.principle.value, Counter())

@@ -39,6 +39,7 @@ from lab.metrics import (BIAS, CONFIDENCE, FLOORS, GROUP, TOXICITY, bias, bootst
 from lab.pretrain import HELD_OUT, psnr, render_images, stack, to_float
 from lab.principles import TOY_PRINCIPLES
 from lab.prompts import make_prompts, prompt_sets
+from latents import cached
 from livo import is_bias, load_value_encoder, make_context, make_uncond, spread
 from runs import SAMPLING
 from sample import generate, grid, sample_images
@@ -118,14 +119,20 @@ UNTRAINED = {"principle in the prompt": principle_in_prompt, "negative prompt": 
 def kept(images_of, folder, key):
     """`images_of(prompt, seeds)` with a cache in `folder`. key: of the weights and settings behind the images."""
 
-    def cached(prompt, seeds):
-        file = folder / f"{digest([key, str(prompt), str(seeds)])}.npy"
-        if not file.exists():
+    def of_cache(prompt, seeds):
+        def make(file):
             with atomic(file) as path:
                 np.save(path, np.stack(images_of(prompt, seeds)))
-        return [Image.fromarray(pixels) for pixels in np.load(file)]  # (n, H, W, 3)
 
-    return cached
+        def read(file):
+            pixels = np.load(file)  # (n, H, W, 3)
+            if pixels.shape[:1] + pixels.shape[3:] != (len(seeds), 3):
+                raise ValueError(f"an array of {pixels.shape}")
+            return [Image.fromarray(image) for image in pixels]
+
+        return cached(folder / f"{digest([key, str(prompt), str(seeds)])}.npy", read, make)
+
+    return of_cache
 
 
 def fingerprint(sd, value_encoder=None):
@@ -174,9 +181,9 @@ def classify_images(classifier, prompts, n, cache, name, images_of, first_seed, 
     with cache.open("a+", encoding="utf-8", errors="replace") as file:
         file.seek(0)
         for line in file:
-            with suppress(ValueError, KeyError, TypeError):  # an interruption can truncate a line
+            with suppress(ValueError, KeyError, TypeError, RecursionError):  # an interruption can truncate a line
                 row = json.loads(line)
-                if row["key"] == key:
+                if row["key"] == key and all(np.array(values, float).shape[0] == n for values in row["predictions"].values()):
                     done[row["prompt"]] = row["predictions"]
         for i, prompt in enumerate(tqdm(prompts, name, disable=None)):
             if prompt.text not in done:
@@ -398,9 +405,7 @@ def find_run(args):
             raise UserError(f"--quick {args.quick}: expected the folder of a run (settings.json) or of a value encoder "
                             "(config.json), got neither")
         return toy.PRINCIPLES
-    s = read_json(file)
-    if not all(isinstance(s.get(key), str) for key in ("weights", "data")):
-        raise UserError(f"{file}: expected the settings of a run, with weights and data, got {', '.join(s) or 'none'}")
+    s = read_json(file, weights=str, data=str)
     args.value_encoder = args.quick / "value_encoder"
     if not args.value_encoder.is_dir():
         raise UserError(f"--quick {args.quick}: expected a finished run, got one without value_encoder/; finish it "

@@ -19,12 +19,13 @@ from torch import nn
 from tqdm import tqdm
 
 from clip_text import CLIPTextConfig, CLIPTextModel
-from common import Parser, atomic, check_writable, run
+from common import Parser, UserError, atomic, check_writable, regular, run
 from data import sample_latent
 from diffusion import Schedule
 from formats.export import save
 from lab import portraits
 from lab.tokenizer import train_tokenizer
+from latents import cached
 from livo import encode_prompts
 from retrieve import BIAS, TOXIC
 from sample import grid, sample_images
@@ -89,11 +90,14 @@ def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     state_file, start = folder / f"{name}.pt", 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        networks.load_state_dict(state["networks"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        try:
+            state = torch.load(regular(state_file, "a checkpoint"), weights_only=True)
+            networks.load_state_dict(state["networks"])
+            averaged.load_state_dict(state["averaged"])
+            optimizer.load_state_dict(state["optimizer"])
+            start = state["step"]
+        except Exception as error:  # a damaged file can raise anything
+            raise UserError(f"{state_file}: expected a checkpoint of pretraining, got {error!r}") from error
     for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps)):
         torch.manual_seed(step)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -148,13 +152,13 @@ def encode_images(vae, folder):
 
     Sets the VAE's scaling factor such that the means have unit variance.
     """
-    cache = folder / "latents.pt"
-    if not cache.exists():
+    def make(file):
         batches = render_images(range(IMAGES)).split(256)
         encoded = [torch.stack(vae.encode(to_float(batch))).half() for batch in tqdm(batches, "encoding")]
-        with atomic(cache) as path:
+        with atomic(file) as path:
             torch.save(torch.cat(encoded, dim=1), path)
-    mean, logvar = torch.load(cache, weights_only=True).float()
+
+    mean, logvar = cached(folder / "latents.pt", lambda file: torch.load(file, weights_only=True), make).float()
     factor = 1 / mean.std().item()
     vae.config = replace(VAE_CONFIG, scaling_factor=VAE_CONFIG.scaling_factor * factor)
     return mean * factor, logvar + 2 * math.log(factor)
