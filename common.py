@@ -123,7 +123,7 @@ def regular(path, what):
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`. Rename it to `path` if the block succeeds, else remove it."""
-    from formats.replace import writing
+    from formats.disk import writing
     path = Path(path)
     if os.path.lexists(path) and not os.path.isfile(path):  # a folder, a device
         raise UserError(f"{path}: expected a regular file to replace, or none, got another kind of file")
@@ -138,7 +138,7 @@ def atomic_folder(folder, marker, keep=False):
 
     keep: nor is it replaced then, as another process has made it meanwhile.
     """
-    from formats.replace import put, writing
+    from formats.disk import put, writing
     folder = Path(folder).absolute()
     with writing(folder) as temporary:
         if folder.exists() and not (folder / marker).exists() and (folder.is_file() or any(folder.iterdir())):

@@ -1,7 +1,10 @@
 """Fixtures and helpers of all tests. Small random models; no download."""
 
 import json
+import multiprocessing
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -246,3 +249,34 @@ def steps_in(run):
 def wait_for_steps(process, run, steps):
     while steps_in(run) < steps and process.poll() is None:
         time.sleep(0.002)
+
+
+# ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+KILLS = 30
+FORK = multiprocessing.get_context("fork")  # all imports are done, so that a process starts at once
+
+
+def quietly(main, arguments):
+    """main(arguments) without output, on one thread: those of OpenMP do not survive a fork."""
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    torch.set_num_threads(1)
+    main(arguments)
+
+
+def run_with_kills(main, arguments, kills, seconds, rng=random.Random(0)):
+    """Run main(arguments()) in a process of its own and kill it at a random moment, again and again, until it ends.
+
+    kills: at most so many. seconds: the longest life. -> the kills that are left
+    """
+    while True:
+        process = FORK.Process(target=quietly, args=(main, arguments()))
+        process.start()
+        process.join(rng.uniform(0, seconds) if kills else None)
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return kills
+        assert process.exitcode == -signal.SIGKILL
+        kills -= 1

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from common import UserError, atomic_folder, read_json, regular
-from latents import cached, check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
+from latents import check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
 
 PRESERVATION_TYPE = "preservation"
 MAX_LENGTH = 10_000  # characters of a text in metadata.jsonl; the tokenizer keeps 77 words at most
@@ -144,12 +144,14 @@ class PreferenceDataset:
         def read(folder):
             broken = {int(i): fault for i, fault in read_json(folder / "broken.json").items()}
             channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
-            shape = (len(samples) - len(broken), 2, 2, channels, size, size)  # sample, plain or mirrored, mean or log-variance
+            # sample, plain or mirrored, mean or log-variance
+            shape = (len(samples) - len(broken), 2, 2, channels, size, size)
             latents = map_file(folder / "latents.bin", shape, torch.float16)
             shape = (len(prompts), sd.tokenizer.max_length, sd.text_encoder.config.hidden_size)
             embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
             return {i: f"{samples[i].where}: {fault}" for i, fault in broken.items()}, latents, embeds
 
+        from formats.disk import cached
         broken, self.latents, self.prompt_embeds = cached(Path(cache) / self.key, read, make)
         faults += broken.values()
         samples = [sample for i, sample in enumerate(samples) if i not in broken]

@@ -3,17 +3,15 @@
 import contextlib
 import hashlib
 import math
-import os
 import shutil
 import time
-import warnings
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common import UserError, regular, write_json
+from common import UserError, write_json
 from livo import encode_prompts
 
 MAX_UNUSABLE = 0.01  # fraction of the samples
@@ -59,19 +57,6 @@ def check_unusable(faults, total, root):
 
 def unique_prompts(samples):
     return sorted({sample.prompt for sample in samples if sample.aligned})
-
-
-def cached(path, read, make):
-    """read(path) of what make(path) writes there, if it is not there yet. A damaged one is made again, with a warning."""
-    from formats.replace import remove
-    if os.path.lexists(path):
-        try:
-            return read(path if path.is_dir() else regular(path, "a file"))
-        except Exception as error:  # a damaged file can raise anything
-            warnings.warn(f"{path}: expected a sound cache, got {error}; it is made again")
-            remove(path)
-    make(path)
-    return read(path)
 
 
 def remove_leftovers(folder):

@@ -6,14 +6,11 @@ from its number.
 
 import atexit
 import contextlib
-import fcntl
 import json
 import os
 import random
 import signal
-import socket
 import sys
-import time
 import tomllib
 import warnings
 from dataclasses import field, fields
@@ -28,10 +25,8 @@ from retrieve import retrieve
 from sample import captioned, generate
 
 TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
-TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"  # what torchrun sets
-RANK, WORLD, LOCAL_RANK, PORT = (int(text) if (text := os.environ.get(name, "")).isdecimal() else default
-                                 for name, default in zip(TORCHRUN, (0, 1, 0, 1)))
-JOIN_SECONDS = 40  # in which all processes of torchrun have to be there
+RANK, WORLD = (int(text) if (text := os.environ.get(name, "")).isdecimal() else default  # set by torchrun
+               for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of sample sheets and the last table
 
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -64,7 +59,8 @@ def parse_settings(parser, cls, argv):
 
     Options win over the settings of a resumed run, and over those that come with the weights.
     """
-    check_torchrun()
+    from formats.processes import check_environment
+    check_environment()
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume and args.out:
@@ -97,20 +93,6 @@ def check_new(folder):
     if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
         raise UserError(f"{folder}: expected a new folder, got one with files in it; "
                         f"resume with --resume {folder}, or choose another --out")
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Hold the folder of a run. The system frees it when the process ends, even killed. Raises UserError for a second."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"{folder}: expected a run of one process, got one that another process is training") from error
-    finally:
-        os.close(handle)
 
 
 def save_settings(folder, s):
@@ -229,40 +211,13 @@ def caught_signals():
             signal.signal(kind, handler)
 
 
-def check_torchrun():
-    """Raise UserError for variables of torchrun that are wrong, or there without the others."""
-    found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
-    sound = len(found) == len(TORCHRUN) and all(found[name].isdecimal() for name in TORCHRUN[:4])
-    if found and not (sound and max(RANK, LOCAL_RANK) < WORLD and 0 < PORT < 2**16):
-        raise UserError(f"expected {', '.join(TORCHRUN)} in the environment as torchrun sets them, or none, got {found}")
-
-
 def join_processes(device):
     """Under torchrun: join the other processes. They wait while one of them encodes the data."""
     if "RANK" in os.environ:
-        try:  # first for a short time, as a process may be missing
-            wait_for_master()
-            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-            store.set(f"joined {RANK}", "")
-            store.wait([f"joined {rank}" for rank in range(WORLD)], timedelta(seconds=JOIN_SECONDS))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"expected {WORLD} processes at MASTER_ADDR and MASTER_PORT, got: {error}") from error
+        from formats.processes import meet
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2),
-                                store=dist.PrefixStore("livo", store), rank=RANK, world_size=WORLD)
+                                store=dist.PrefixStore("livo", meet(RANK, WORLD)), rank=RANK, world_size=WORLD)
         atexit.register(dist.destroy_process_group)
-
-
-def wait_for_master(seconds_between=0.5):
-    """Raise OSError if nothing listens at the address of the first process; torch itself would print a page."""
-    socket.getaddrinfo(os.environ["MASTER_ADDR"], PORT)
-    end = time.monotonic() + JOIN_SECONDS
-    while RANK > 0:
-        try:
-            return socket.create_connection((os.environ["MASTER_ADDR"], PORT), JOIN_SECONDS).close()
-        except OSError:
-            if time.monotonic() > end:
-                raise
-        time.sleep(seconds_between)
 
 
 def sum_over_processes(*tensors):

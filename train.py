@@ -26,8 +26,8 @@ from diffusion import Schedule
 from efficiency import checkpoint_layers, keep_freed_memory
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, is_bias, livo_loss, load_value_encoder,
                   make_context, violating_hinge)
-from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new, join_processes, load_preset, locked,
-                  one_first, parse_settings, resume, save_checkpoint, save_samples, save_settings, setting,
+from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new, join_processes, load_preset, one_first,
+                  parse_settings, resume, save_checkpoint, save_samples, save_settings, setting,
                   sum_over_processes, warn_if_saturated)
 from unet import ResnetBlock, SpatialTransformer
 
@@ -208,10 +208,10 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
             log.add(line)
             if done % 50 == 0:
                 warn_if_saturated(log.lines[-50:], s)
+            if done % s.sample_every == 0 and done < s.steps and not stop:  # a kill loses none
+                save_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
             if done % s.save_every == 0 or done == s.steps or stop:
                 save_checkpoint(folder, value_encoder, optimizer, done, dataset.key)
-            if done % s.sample_every == 0 and done < s.steps and not stop:
-                save_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
         if stop:
             print(f"stopped after step {done}; resume with python train.py --resume {folder}", file=sys.stderr)
             sys.exit(128 + max(signals, default=signal.SIGTERM))
@@ -258,6 +258,7 @@ def main(argv=None):
     keep_freed_memory(large=True)
     if args.checkpointing:
         checkpoint_layers(sd.unet, (ResnetBlock, SpatialTransformer))
+    from formats.disk import locked
     with locked(folder) if RANK == 0 else nullcontext():
         carry_out(args, s, folder, sd)
 

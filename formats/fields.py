@@ -11,8 +11,8 @@ NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a te
 LIMITS = {  # least and largest value of a number, or of each number of a list
     "sample_size": (1, 256), "in_channels": (1, 64), "out_channels": (1, 64), "latent_channels": (1, 64),
     "block_out_channels": (2, 2**14), "layers_per_block": (1, 16), "cross_attention_dim": (1, 2**14),
-    "attention_head_dim": (1, 256), "norm_num_groups": (1, 2**14), "norm_eps": (1e-12, 1), "scaling_factor": (1e-3, 1e3),
-    "vocab_size": (3, 10**6), "hidden_size": (1, 2**14), "intermediate_size": (1, 2**16),
+    "attention_head_dim": (1, 256), "norm_num_groups": (1, 2**14), "norm_eps": (1e-12, 1),
+    "scaling_factor": (1e-3, 1e3), "vocab_size": (3, 10**6), "hidden_size": (1, 2**14), "intermediate_size": (1, 2**16),
     "num_hidden_layers": (0, 128), "num_attention_heads": (1, 256), "max_position_embeddings": (3, 10**4),
     "layer_norm_eps": (1e-12, 1), "eos_token_id": (0, 10**6), "image_size": (1, 2048), "patch_size": (1, 2048),
     "projection_dim": (1, 2**14), "num_train_timesteps": (1, 10**4), "beta_start": (1e-9, 0.999),

@@ -47,9 +47,9 @@ def explain(error):
 def write_error(error):
     """-> what the system says about a failed reading or writing; None for another error.
 
-    torch and safetensors have no class for a full disk. The system's error may be the context of theirs.
+    torch and safetensors have no class for a full disk. The system's error may be the context of torch's.
     """
-    for this in (error, error.__context__):
+    for this in (error, error.__context__ if type(error) is RuntimeError else None):
         if isinstance(this, OSError):
             return this.strerror or str(this)
     return str(error) if re.search("inline_container|I/O error", str(error)) else None

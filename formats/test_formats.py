@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import types
 import warnings
 from functools import partial
@@ -299,7 +300,8 @@ def test_damaged_files(tmp_path, content, suffix):
 @pytest.mark.parametrize("network, key, value", [
     ("unet", "dual_cross_attention", True), ("unet", "class_embed_type", "timestep"), ("unet", "freq_shift", 1),
     ("unet", "resnet_time_scale_shift", "scale_shift"), ("unet", "transformer_layers_per_block", [1, 2]),
-    ("unet", "mid_block_type", "UNetMidBlock2D"), ("unet", "addition_embed_type", "text_time"), ("unet", "attention_head_dim", "8"),
+    ("unet", "mid_block_type", "UNetMidBlock2D"),
+    ("unet", "addition_embed_type", "text_time"), ("unet", "attention_head_dim", "8"),
     ("unet", "down_block_types", ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]), ("unet", "down_block_types", 3),
     ("unet", "down_block_types", [["DownBlock2D"]]), ("unet", "_class_name", "ControlNetModel"),
     ("unet", "block_out_channels", [32, 33, 64]), ("unet", "layers_per_block", [1, 1, 1]),
@@ -311,7 +313,8 @@ def test_damaged_files(tmp_path, content, suffix):
     ("vae", "in_channels", 4), ("vae", "out_channels", 1), ("vae", "norm_num_groups", 5),
     ("text_encoder", "vocab_size", -1), ("text_encoder", "vocab_size", 704.0), ("text_encoder", "layer_norm_eps", None),
     ("text_encoder", "num_hidden_layers", 10**7), ("text_encoder", "num_attention_heads", 0),
-    ("text_encoder", "hidden_act", ["gelu"]), ("text_encoder", "eos_token_id", "end"), ("vae", "block_out_channels", 32), ("vae", "_class_name", "AutoencoderTiny"),
+    ("text_encoder", "hidden_act", ["gelu"]), ("text_encoder", "eos_token_id", "end"),
+    ("vae", "block_out_channels", 32), ("vae", "_class_name", "AutoencoderTiny"),
     ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0.1]), ("vae", "use_quant_conv", False),
     ("text_encoder", "hidden_act", "relu"), ("text_encoder", "model_type", "t5"),
     ("text_encoder", "vocab_size", "many"), ("text_encoder", "hidden_size", "wide"),
@@ -419,6 +422,19 @@ def test_value_encoder_files(pipe, published, tmp_path):
 
 
 @torch.no_grad()
+def test_a_reader_always_finds_a_complete_value_encoder(published, tmp_path):
+    value_encoder = weights.load_text_encoder(published / "text_encoder")
+    weights.save_text_encoder(value_encoder, tmp_path / "value_encoder")
+    writer = threading.Thread(target=lambda: [weights.save_text_encoder(value_encoder, tmp_path / "value_encoder")
+                                              for _ in range(30)])
+    writer.start()
+    reads = 0
+    while writer.is_alive():
+        weights.load_text_encoder(tmp_path)
+        reads += 1
+    assert reads > 10 and os.listdir(tmp_path) == ["value_encoder"]
+
+
 def test_unpadded_context_is_that_of_the_authors(tmp_path):
     """As in the README of the authors' release: unpadded texts, embeddings passed to diffusers' pipeline."""
     sd, prompt = weights.load(TOKENIZER.parent), "a portrait of a doctor"

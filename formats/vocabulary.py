@@ -27,7 +27,7 @@ def read_vocabulary(folder):
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
             merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
         else:
-            files = [str(regular(folder / name, "a file of CLIP's vocabulary")) for name in ("vocab.json", "merges.txt")]
+            files = [str(regular(folder / name, "a vocabulary file")) for name in ("vocab.json", "merges.txt")]
             vocab, merges = BPE.read_file(*files)
         bpe = BPE(vocab, merges, unk_token=EOS, end_of_word_suffix=END_OF_WORD)
         added, special = added_tokens(config, whole)

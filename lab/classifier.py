@@ -21,7 +21,7 @@ from common import UserError, atomic
 from lab import portraits
 from lab.clip_image import zero_shot
 from lab.pretrain import stack, to_float
-from latents import cached
+from formats.disk import cached
 
 # The classes of each attribute. The skin of zombies is not classified: they are green.
 ATTRIBUTES = {"profession": portraits.PROFESSIONS, "gender": portraits.GENDERS, "skin": portraits.SKINS}

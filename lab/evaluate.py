@@ -39,7 +39,7 @@ from lab.metrics import (BIAS, CONFIDENCE, FLOORS, GROUP, TOXICITY, bias, bootst
 from lab.pretrain import HELD_OUT, psnr, render_images, stack, to_float
 from lab.principles import TOY_PRINCIPLES
 from lab.prompts import make_prompts, prompt_sets
-from latents import cached
+from formats.disk import cached
 from livo import is_bias, load_value_encoder, make_context, make_uncond, spread
 from runs import SAMPLING
 from sample import generate, grid, sample_images
@@ -183,7 +183,8 @@ def classify_images(classifier, prompts, n, cache, name, images_of, first_seed, 
         for line in file:
             with suppress(ValueError, KeyError, TypeError, RecursionError):  # an interruption can truncate a line
                 row = json.loads(line)
-                if row["key"] == key and all(np.array(values, float).shape[0] == n for values in row["predictions"].values()):
+                sizes = {len(np.array(values, float)) for values in row["predictions"].values()}
+                if row["key"] == key and sizes == {n}:
                     done[row["prompt"]] = row["predictions"]
         for i, prompt in enumerate(tqdm(prompts, name, disable=None)):
             if prompt.text not in done:

@@ -38,7 +38,8 @@ def read_log(folder):
     """log.jsonl of a run's folder -> {key: values of all steps}. Raises UserError for another folder or file."""
     file, keys = folder / "log.jsonl", ["step", *(key for curves in LOG.values() for key in curves)]
     try:
-        lines = [json.loads(line) for line in regular(file, "the log of a run").read_text(encoding="utf-8").splitlines()]
+        text = regular(file, "the log of a run").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
         log = {key: np.array([line[key] for line in lines], dtype=float) for key in keys}
     except OSError as error:
         raise UserError(f"{file}: expected the log of a run of train.py, got {error.strerror}") from error

@@ -25,7 +25,7 @@ from diffusion import Schedule
 from formats.export import save
 from lab import portraits
 from lab.tokenizer import train_tokenizer
-from latents import cached
+from formats.disk import cached
 from livo import encode_prompts
 from retrieve import BIAS, TOXIC
 from sample import grid, sample_images

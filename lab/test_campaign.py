@@ -4,14 +4,13 @@ A row of the table is (name, command, change, expected). `change(folder)` damage
 a run, or gives options, or both. Rows are run in this process, through `common.run` as from a shell.
 """
 
-import contextlib
-import io
 import json
 import os
-import pickle
 import re
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -21,12 +20,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+import runs
 import sample
 import train
 from common import run
-from conftest import StubClassifier, edit_json
+from conftest import REPOSITORY, StubClassifier, edit_json
 from lab import baselines, dataset, evaluate, plots, toy
 
 COMMANDS = {  # a command and the options with which it works; OUT is where it would write
@@ -291,16 +291,19 @@ def tree(folder):
             and path != folder / "out" / "run" / "settings.json"}
 
 
-@pytest.mark.parametrize("name, command, change, expected", TABLE, ids=[f"{row[1]}: {row[0]}"[:80] for row in TABLE])
-def test_campaign(name, command, change, expected, original, tmp_path, monkeypatch, capfd):
-    folder = tmp_path / "work"
-    shutil.copytree(original, folder)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    more = change(folder) or ()
+@pytest.fixture
+def work(original, tmp_path, monkeypatch):
+    """A copy of the original, as the current folder."""
+    shutil.copytree(original, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `run` sets it
     monkeypatch.setattr(dataset, "load_classifier", StubClassifier)  # the true one is trained first
-    main, words = COMMANDS[command]
-    before, code = tree(folder), 0
+    return tmp_path / "work"
+
+
+def outcome(command, more, capfd):
+    """Run a command in this process -> its exit code, and the lines of errors."""
+    (main, words), code = COMMANDS[command], 0
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"still running after {SECONDS} seconds"))
     signal.alarm(SECONDS)
     try:
@@ -309,9 +312,118 @@ def test_campaign(name, command, change, expected, original, tmp_path, monkeypat
         code = exit.code
     finally:
         signal.alarm(0)
-    err = [line for line in capfd.readouterr().err.splitlines() if re.match("error|Traceback", line)]
+    return code, [line for line in capfd.readouterr().err.splitlines() if re.match("error|Traceback", line)]
+
+
+def is_house_form(code, err):
+    return code == 2 and len(err) == 1 and re.fullmatch(r"error: .*expected .*got.*", err[0])
+
+
+@pytest.mark.parametrize("name, command, change, expected", TABLE, ids=[f"{row[1]}: {row[0]}"[:80] for row in TABLE])
+def test_campaign(name, command, change, expected, work, capfd):
+    more = change(work) or ()
+    before = tree(work)
+    code, err = outcome(command, more, capfd)
     if expected == RESULT:
         assert code == 0 and not err
     else:
-        assert code == 2 and len(err) == 1 and re.fullmatch(r"error: .*expected .*got.*", err[0]), err
-        assert tree(folder) == before
+        assert is_house_form(code, err), err
+        assert tree(work) == before
+
+
+# ── Surroundings ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "29512", "MASTER_ADDR": "localhost"}
+ENVIRONMENTS = [*({name: value} for name, value in TORCHRUN.items()), *(TORCHRUN | wrong for wrong in (
+    {"RANK": "x"}, {"RANK": "1"}, {"RANK": "-1"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": "1"},
+    {"LOCAL_RANK": "x"}, {"MASTER_PORT": "99999"}, {"MASTER_PORT": "0"}, {"MASTER_PORT": "x"}, {"RANK": "9" * 5000}))]
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda e: str(e)[:60])
+def test_wrong_variables_of_torchrun(environment, work, monkeypatch, capfd):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_house_form(*outcome("train", [], capfd))
+
+
+@pytest.mark.parametrize("command, package, more", [
+    ("sample", "huggingface_hub", ["--weights", "owner/name"]), ("train", "torch.utils.tensorboard", ["--tensorboard"])])
+def test_a_missing_package_is_named(command, package, more, work, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, package, None)
+    code, err = outcome(command, more, capfd)
+    assert is_house_form(code, err) and package.split(".")[-1] in err[0]
+
+
+def test_a_compiler_that_fails(work, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", "false")
+    assert is_house_form(*outcome("sample", ["--compile"], capfd))
+
+
+@pytest.mark.parametrize("command", ["sample", "sheet", "train", "resume", "show", "draw", "plot"])
+def test_a_full_disk(command, work, capfd):
+    """Here a file of more than 2,000 bytes. What was complete before stays as it was."""
+    before, limits = tree(work), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        code, err = outcome(command, [], capfd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert is_house_form(code, err), err
+    after = tree(work)
+    assert {name: after.get(name) for name in before} == before or command == "resume"  # its log is one step longer
+    assert not [name for name in after if ".tmp" in name]
+
+
+@pytest.mark.parametrize("state", ["checkpoint", "log"])
+def test_a_full_disk_in_training(state, work, monkeypatch, capfd):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    checkpoint = (work / "run/checkpoint.pt").read_bytes()
+    if state == "checkpoint":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(runs.Log, "add", full)
+    code, err = outcome("resume", [], capfd)
+    assert is_house_form(code, err) and "No space left" in err[0]
+    assert (work / "run/checkpoint.pt").read_bytes() == checkpoint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_cache_is_made_again(kind, work, capfd):
+    for name in ("latents.bin", "prompts.bin", "broken.json"):
+        content(next(work.glob("cache/*/")).relative_to(work) / name, KINDS[kind])(work)
+        assert outcome("resume", [], capfd) == (0, [])
+        assert all(file.is_file() for file in work.glob("cache/*/*"))
+
+    images = [Image.fromarray(np.full((4, 4, 3), i, np.uint8)) for i in range(2)]
+    images_of = evaluate.kept(lambda *args: images, work / "images", "key")
+    images_of("prompt", range(2))
+    content(next(work.glob("images/*.npy")).relative_to(work), KINDS[kind])(work)
+    with warnings.catch_warnings(action="ignore"):
+        assert [*map(np.array, images_of("prompt", range(2)))][1].tolist() == np.array(images[1]).tolist()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "missing"])
+def test_damaged_files_of_a_build(kind, work, capfd):
+    content("out/dataset.json", KINDS[kind])(work)
+    assert is_house_form(*outcome("build", [], capfd))
+    content("data/dataset.json", KINDS[kind])(work)
+    assert is_house_form(*outcome("check", [], capfd))
+    content("base/base-model.json", KINDS[kind])(work)
+    assert is_house_form(*outcome("collect", [], capfd))
+
+
+@pytest.mark.parametrize("how", ["closed pipe", "ASCII terminal", "no Unicode"])
+def test_a_process_of_its_own(how, work):
+    words = [sys.executable, "-m", "lab.dataset", "check", str(work / "data")]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    if how == "ASCII terminal":
+        words, env = [*words[:-1], "nöwhere"], env | {"PYTHONIOENCODING": "ascii"}
+    if how == "no Unicode":
+        words = [sys.executable, "-m", "sample", "--prompt", "a", "--steps", "1", "--principle", b"\xff", "--out", "out"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    if how == "closed pipe":
+        process.stdout.close()
+    err = process.stderr.read().decode().splitlines()
+    assert is_house_form(process.wait(), err), err

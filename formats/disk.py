@@ -1,13 +1,15 @@
-"""How a file or folder is replaced: under a hidden name first, then by one rename."""
+"""Files and folders on disk: replaced by one rename, cached, and held by one process."""
 
 import contextlib
 import ctypes
+import fcntl
 import glob
 import os
 import platform
 import shutil
+import warnings
 
-from common import UserError
+from common import UserError, regular
 from formats.messages import write_error
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
@@ -78,9 +80,36 @@ def put(temporary, folder):
 
 
 def exchange(a, b):
-    """Swap two folders in one step, so that a reader always finds a complete one. -> whether the system can."""
+    """Swap two folders at once, so that a reader always finds a complete one. -> whether the system can."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, TypeError, OSError):  # another C library, another system
         return False
     return rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
+
+
+def cached(path, read, make):
+    """read(path), after make(path) if it is not there yet. A damaged one is made again, with a warning."""
+    if os.path.lexists(path):
+        try:
+            return read(path if path.is_dir() else regular(path, "a file"))
+        except Exception as error:  # a damaged file can raise anything
+            warnings.warn(f"{path}: expected a sound cache, got {error}; it is made again")
+            remove(path)
+    make(path)
+    return read(path)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a run's folder. The system frees it when the process ends, however it ends. Raises UserError for a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: expected a run of one process, got one that another trains") from error
+        yield
+    finally:
+        os.close(handle)
