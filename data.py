@@ -151,7 +151,7 @@ class PreferenceDataset:
             embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
             return {i: f"{samples[i].where}: {fault}" for i, fault in broken.items()}, latents, embeds
 
-        from formats.disk import cached
+        from formats.disk import cached  # here, so that importing the core loads nothing of formats/
         broken, self.latents, self.prompt_embeds = cached(Path(cache) / self.key, read, make)
         faults += broken.values()
         samples = [sample for i, sample in enumerate(samples) if i not in broken]

@@ -50,7 +50,7 @@ def load_preset(weights):
     file = Path(weights) / "livo.toml"
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: expected settings in TOML, got: {error}") from error
 
 

@@ -18,10 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from common import UserError, atomic
+from formats.disk import cached
 from lab import portraits
 from lab.clip_image import zero_shot
 from lab.pretrain import stack, to_float
-from formats.disk import cached
 
 # The classes of each attribute. The skin of zombies is not classified: they are green.
 ATTRIBUTES = {"profession": portraits.PROFESSIONS, "gender": portraits.GENDERS, "skin": portraits.SKINS}

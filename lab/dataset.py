@@ -357,8 +357,8 @@ def add_build_options(parser):
     add("--format", choices=["png", "jpg"], default="png", help="of the images")
     add("--shard", type=parse_shard, default=torchrun, metavar="I/N",
         help="this is process I of N, counted from 0; torchrun sets it")
-    add("--threads", type=number(int, 1, 1024), default=1, help="CPU threads; their number can change an image's last bits, "
-        "so more processes are the better way to use more cores")
+    add("--threads", type=number(int, 1, 1024), default=1, help="CPU threads; their number can change an image's last "
+        "bits, so more processes are the better way to use more cores")
     add_device_options(parser)
 
 

@@ -30,6 +30,7 @@ from common import (Parser, UserError, add_device_options, atomic, check_writabl
                     write_json)
 from data import read_samples
 from diffusion import Schedule
+from formats.disk import cached
 from lab import portraits, toy, uce
 from lab.classifier import (ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipClassifier, accuracy, decide, digest,
                             load_classifier, uniform_record)
@@ -39,7 +40,6 @@ from lab.metrics import (BIAS, CONFIDENCE, FLOORS, GROUP, TOXICITY, bias, bootst
 from lab.pretrain import HELD_OUT, psnr, render_images, stack, to_float
 from lab.principles import TOY_PRINCIPLES
 from lab.prompts import make_prompts, prompt_sets
-from formats.disk import cached
 from livo import is_bias, load_value_encoder, make_context, make_uncond, spread
 from runs import SAMPLING
 from sample import generate, grid, sample_images

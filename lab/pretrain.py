@@ -22,10 +22,10 @@ from clip_text import CLIPTextConfig, CLIPTextModel
 from common import Parser, UserError, atomic, check_writable, regular, run
 from data import sample_latent
 from diffusion import Schedule
+from formats.disk import cached
 from formats.export import save
 from lab import portraits
 from lab.tokenizer import train_tokenizer
-from formats.disk import cached
 from livo import encode_prompts
 from retrieve import BIAS, TOXIC
 from sample import grid, sample_images

@@ -31,7 +31,8 @@ from lab import baselines, dataset, evaluate, plots, toy
 
 COMMANDS = {  # a command and the options with which it works; OUT is where it would write
     "sample": (sample.main, "--weights model --prompt a --steps 1 --principle none --out OUT"),
-    "livo": (sample.main, "--weights model --value-encoder run/value_encoder --prompt a --steps 1 --principle x --out OUT"),
+    "livo": (sample.main, "--weights model --value-encoder run/value_encoder --prompt a --steps 1 --principle x "
+             "--out OUT"),
     "train": (train.main, "--weights model --data data --steps 1 --batch 2 --micro-batch 2 --out OUT/run"),
     "resume": (train.main, "--resume run --steps 3"),
     "evaluate": (evaluate.main, "--weights model --quick run"),
@@ -89,7 +90,8 @@ def both(*changes):
 
 
 KINDS = {
-    "missing": None, "empty": b"", "cut": b'{"a": [1, 2', "a list": b"[1]", "a text": b'"a"', "binary": bytes(range(256)) * 9,
+    "missing": None, "empty": b"",
+    "cut": b'{"a": [1, 2', "a list": b"[1]", "a text": b'"a"', "binary": bytes(range(256)) * 9,
     "deep": b'{"a":' * 10**5, "many digits": b'{"a": ' + b"9" * 5000 + b"}", "folder": Path.mkdir, "pipe": os.mkfifo,
     "loop": lambda path: path.symlink_to(path.name), "endless": lambda path: path.symlink_to("/dev/zero"),
 }
@@ -147,75 +149,80 @@ def metadata(**values):
     return change
 
 
-def image(make, **options):
-    """Another first image: bytes, a PIL image, or one of KINDS."""
-    def change(folder):
-        path = sorted(folder.glob("data/0-career/*/0000.png"))[0]
-        made = make() if not isinstance(make, bytes | None) and not options and make not in KINDS.values() else make
-        if isinstance(made, Image.Image):
-            made.save(path, **options or {"format": "PNG"})
-        else:
-            content(path, made)(folder)
-    return change
+def image(data):
+    """Another content of the first image."""
+    return lambda folder: content(next(folder.glob("data/0-career/*/0000.png")).relative_to(folder), data)(folder)
+
+
+def strip(path):
+    """An image of 1 × 2,000,000 pixels, 128,000,000 pixels long when its width is that of the model."""
+    Image.new("L", (1, 2 * 10**6)).save(path)
 
 
 # ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 NOT_COUNTS = ("0", "-1", "x", "1.5", "", "nan", "10000000000", HUGE)
 NOT_NUMBERS = ("-1", "x", "nan", "inf", HUGE)
+COUNTS_OF_TRAIN = ("steps", "batch", "micro-batch", "group-size", "warmup", "save-every", "sample-every")
+NUMBERS_OF_TRAIN = ("lr", "alpha", "beta", "gamma1", "gamma2", "bias-alpha-scale", "final-ln-lr-scale", "decay")
 NUMBERS = {  # command: {option: texts}
-    "sample": {"--steps": (*NOT_COUNTS, "1000"), "-n": NOT_COUNTS, "--batch-size": NOT_COUNTS, "--seed": ("-1", "x", HUGE),
-               "--height": (*NOT_COUNTS, "63", "100000", "4000000", "2147483648"), "--width": ("0", "7", "100000", HUGE),
-               "--guidance": NOT_NUMBERS, "--eta": (*NOT_NUMBERS, "2"), "--value-fraction": (*NOT_NUMBERS, "1.1")},
-    "train": {**{f"--{name}": ("0", "x", "-1", HUGE) for name in ("steps", "batch", "micro-batch", "group-size", "warmup",
-                                                                 "save-every", "sample-every")},
-              **{f"--{name}": NOT_NUMBERS for name in ("lr", "alpha", "beta", "gamma1", "gamma2", "bias-alpha-scale",
-                                                       "final-ln-lr-scale", "decay")},
-              "--batch": ("1000000000", "1.5"), "--group-size": ("1000000000",), "--min-timestep": ("-1", "1000", "x"),
-              "--seed": ("-1", HUGE)},
-    "build": {"--per-prompt": NOT_COUNTS, "--total": NOT_COUNTS, "--threads": ("0", "100000", HUGE),
-              "--shard": ("x", "1/1", "-1/2", "1", HUGE), "--batch-size": ("0", HUGE), "--steps": ("0", "1000", HUGE)},
+    "sample": {
+        "--steps": (*NOT_COUNTS, "1000"), "-n": NOT_COUNTS, "--batch-size": NOT_COUNTS, "--seed": ("-1", "x", HUGE),
+        "--height": (*NOT_COUNTS, "63", "100000", "4000000", "2147483648"), "--width": ("0", "7", "100000", HUGE),
+        "--guidance": NOT_NUMBERS, "--eta": (*NOT_NUMBERS, "2"), "--value-fraction": (*NOT_NUMBERS, "1.1")},
+    "train": {
+        **{f"--{name}": ("0", "x", "-1", HUGE) for name in COUNTS_OF_TRAIN},
+        **{f"--{name}": NOT_NUMBERS for name in NUMBERS_OF_TRAIN},
+        "--batch": ("1000000000", "1.5"), "--group-size": ("1000000000",), "--min-timestep": ("-1", "1000", "x"),
+        "--seed": ("-1", HUGE)},
+    "build": {
+        "--per-prompt": NOT_COUNTS, "--total": NOT_COUNTS, "--threads": ("0", "100000", HUGE),
+        "--shard": ("x", "1/1", "-1/2", "1", HUGE), "--batch-size": ("0", HUGE), "--steps": ("0", "1000", HUGE)},
     "draw": {"--pairs": ("gender", "gender=-1", "gender=x", "age=1", f"gender={HUGE}", "gender=1.5"),
              "--preservation": ("bloody=x", f"bloody={HUGE}")},
     "evaluate": {"--steps": ("0", "1000", HUGE), "--per-prompt": ("0", "3", HUGE), "--batch-size": ("0", HUGE)},
     "list": {"--steps": ("0", "x", HUGE), "--every": ("0", HUGE), "--long": ("0", HUGE), "--per-prompt": ("1", HUGE)},
 }
 WORDS = {  # command: options that are refused
-    "sample": ["--dtype int8", "--device abacus", "--device meta", "--device cuda:99", "--sampler euler", "--sampler dpm --eta 1",
-               "--unknown", "--steps", "--s 1", "--prediction x0", "--weights nowhere", "--weights owner/name:../../etc",
-               "--weights owner/../name", "--weights .", "--weights data", "--tokenizer nowhere", "--value-share 1",
-               "--principle auto --principle none", "--weights run", "--out model/model_index.json", "--prompt \udcff",
-               "--weights model/unet/config.json", "--negative \udcff"],
-    "livo": ["--principle \udcff", "--value-encoder nowhere", "--value-encoder model/unet", "--value-encoder data",
-             "--value-encoder owner/name:../../etc", "--principle=" + " --principle=".join(f"p{i}" for i in range(77))
-             + " --unpadded"],
+    "sample": [
+        "--dtype int8", "--device abacus", "--device meta", "--device cuda:99", "--sampler euler", "--unknown",
+        "--steps", "--sampler dpm --eta 1", "--s 1", "--prediction x0", "--weights nowhere", "--weights owner/name:../../etc",
+        "--weights owner/../name", "--weights .", "--weights data", "--tokenizer nowhere", "--value-share 1",
+        "--principle auto --principle none", "--weights run", "--out model/model_index.json", "--prompt \udcff",
+        "--weights model/unet/config.json", "--negative \udcff"],
+    "livo": [
+        "--principle \udcff", "--value-encoder nowhere", "--value-encoder model/unet", "--value-encoder data",
+        "--value-encoder owner/name:../../etc",
+        "--unpadded --principle=" + " --principle=".join(f"p{i}" for i in range(77))],
     "train": ["--data nowhere", "--data model", "--data run/log.jsonl", "--init nowhere", "--resume run", "--out data",
               "--dtype x", "--weights nowhere", "--unknown 1", "--tokenizer data"],
     "resume": ["--data model", "--out x", "--weights data", "--resume nowhere", "--resume data"],
-    "evaluate": ["--quick nowhere", "--quick data", "--clip model", "--clip nowhere --quick run", "--value-encoder run",
-                 "--weights data", "--prompts x", "--principle x"],
+    "evaluate": ["--quick nowhere", "--quick data", "--clip model", "--clip nowhere --quick run",
+                 "--value-encoder run", "--weights data", "--prompts x", "--principle x"],
     "build": ["--classifier nowhere", "--classifier model", "--principle x", "--prompts nowhere", "--out data",
               "--prompts run/checkpoint.pt", "--format gif"],
     "check": ["nowhere"], "show": ["--out data"], "draw": ["--out data"], "plot": ["nowhere"],
     "list": ["--only magic"], "collect": ["--out nowhere"],
 }
-PATHS = {"sample": ("--weights", "--tokenizer", "--out"), "livo": ("--value-encoder",), "evaluate": ("--quick",),
-         "train": ("--data", "--out", "--weights", "--init", "--tokenizer"), "resume": ("--resume",),
-         "build": ("--out", "--prompts", "--classifier"), "sheet": ("--side-by-side",), "show": ("--out",),
-         "draw": ("--out",), "collect": ("--collect", "--out")}
+PATHS = {  # command: options that take a path
+    "sample": ("--weights", "--tokenizer", "--out"), "livo": ("--value-encoder",), "evaluate": ("--quick",),
+    "train": ("--data", "--out", "--weights", "--init", "--tokenizer"), "resume": ("--resume",),
+    "build": ("--out", "--prompts", "--classifier"), "sheet": ("--side-by-side",), "show": ("--out",),
+    "draw": ("--out",), "collect": ("--collect", "--out")}
 FIELDS = {  # file: {key: values}
     "model/unet/config.json": {
-        "sample_size": (0, -1, "8", 10**9, None, [8, 8]), "norm_eps": ("x", -1, 0, None), "layers_per_block": (0, 10**7),
+        "sample_size": (0, -1, "8", 10**9, None, [8, 8]), "norm_eps": ("x", -1, 0, None), "mid_block_type": ("x", [1]),
         "attention_head_dim": (0, -1, 3, 3.5, None, [], [2], "2", True), "norm_num_groups": (0, 3, 10**9, None),
-        "block_out_channels": ([], [16], [16, 0], [16, "16"], 16, [10**9, 10**9]), "cross_attention_dim": (0, 33, "x"),
-        "down_block_types": ([], None, ["x"], [3]), "mid_block_type": ("x", [1]), "act_fn": ("relu",),
-        "in_channels": (0, 9, 3.5), "use_linear_projection": ("no", 2, [])},
+        "block_out_channels": ([], [16], [16, 0], [16, "16"], 16, [10**9, 10**9]), "act_fn": ("relu",),
+        "cross_attention_dim": (0, 33, "x"), "down_block_types": ([], None, ["x"], [3]),
+        "layers_per_block": (0, 10**7), "in_channels": (0, 9, 3.5), "use_linear_projection": ("no", 2, [])},
     "model/vae/config.json": {
-        "scaling_factor": (0, -1, "x", None), "latent_channels": (0, 8), "in_channels": (1, None), "out_channels": (4,),
-        "block_out_channels": ([], "x", [8] * 30), "norm_num_groups": (0, 3), "layers_per_block": (-1, 10**7)},
+        "scaling_factor": (0, -1, "x", None), "latent_channels": (0, 8), "in_channels": (1, None),
+        "out_channels": (4,), "block_out_channels": ([], "x", [8] * 30), "norm_num_groups": (0, 3),
+        "layers_per_block": (-1, 10**7)},
     "model/text_encoder/config.json": {
-        "vocab_size": (0, -1, 3, 10**12, "x", 560.0), "hidden_size": (0, 33, None), "num_attention_heads": (0, 3, -1, "x"),
-        "num_hidden_layers": (-1, 2, 10**7), "hidden_act": ("relu", [], None), "layer_norm_eps": ("x", -1),
+        "vocab_size": (0, -1, 3, 10**12, "x", 560.0), "hidden_size": (0, 33, None), "hidden_act": ("relu", [], None),
+        "num_attention_heads": (0, 3, -1, "x"), "num_hidden_layers": (-1, 2, 10**7), "layer_norm_eps": ("x", -1),
         "max_position_embeddings": (1, 76, 10**9), "eos_token_id": ("x", None, -1), "model_type": ("t5", [])},
     "model/scheduler/scheduler_config.json": {
         "beta_start": (-1, 0, "x", None), "beta_end": (2, [], -0.1), "beta_schedule": ("x", [], None),
@@ -224,15 +231,16 @@ FIELDS = {  # file: {key: values}
     "model/tokenizer/tokenizer_config.json": {
         "model_max_length": (78, 10**9), "bos_token": ("missing", 3), "added_tokens_decoder": (3, {"x": {}}, {"1": 3})},
 }
-SETTINGS = {"steps": ("x", -1, 1e400), "lr": ("x", -1), "batch": (0, 10**9), "weights": ("nowhere", 3), "data": ("nowhere", ""),
-            "min_timestep": (1000,), "unknown": (1,), "beta": (float("inf"), [1])}
+SETTINGS = {"steps": ("x", -1, 1e400), "lr": ("x", -1), "batch": (0, 10**9), "weights": ("nowhere", 3),
+            "data": ("nowhere", ""), "min_timestep": (1000,), "unknown": (1,), "beta": (float("inf"), [1])}
 UNET_BIN = "model/unet/diffusion_pytorch_model.bin"
 PICKLES = {
-    "cyclic": saved(UNET_BIN, cyclic()), "inflating": inflating, "list": saved(UNET_BIN, [1]), "none": saved(UNET_BIN, None),
-    "tensor": saved(UNET_BIN, torch.ones(3)), "no tensors": saved(UNET_BIN, {"a": 1}),
+    "cyclic": saved(UNET_BIN, cyclic()), "inflating": inflating, "list": saved(UNET_BIN, [1]),
+    "none": saved(UNET_BIN, None), "tensor": saved(UNET_BIN, torch.ones(3)), "no tensors": saved(UNET_BIN, {"a": 1}),
     "numbers as names": tensors(lambda state, name: state.update({1: state.pop(name)})),
     "no name": tensors(lambda state, name: state.update({None: state.pop(name)})),
-    "without data": tensors(lambda state, name: state.update({name: state[name].to("meta")})), "quantized": tensors(quantized),
+    "without data": tensors(lambda state, name: state.update({name: state[name].to("meta")})),
+    "quantized": tensors(quantized),
     "sparse": tensors(lambda state, name: state.update({name: state[name].to_sparse()})),
     "scalar": tensors(lambda state, name: state.update({name: torch.tensor(1.0)})),
     "one dimension": tensors(lambda state, name: state.update({name: state[name].flatten()})),
@@ -240,48 +248,58 @@ PICKLES = {
     "one more": tensors(lambda state, name: state.update({"x": state[name]})),
     "one less": tensors(lambda state, name: state.pop(name)),
 }
-IMAGES = {"empty": b"", "text": b"hello", "cut": None, "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
-          "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
-LINES = {"empty object": "{}", "list": "[]", "cut": '{"file_name": "0000.p', "deep": '{"a":' * 10**5, "no Unicode": "\udcff\udcfe",
-         "number": "1", "null": "null"}
-VALUES = {"label": ("1", True, None, 1.0, [1]), "prompt": ("", 3, None, "x" * 10**6, "\ud800"), "value": ("", " ", 1, "\ud800"),
+IMAGES = {"text": b"hello", "vectors": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+          "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"}
+LINES = {"empty object": "{}", "list": "[]", "cut": '{"file_name": "0000.p', "deep": '{"a":' * 10**5,
+         "no Unicode": "\udcff\udcfe", "number": "1", "null": "null"}
+VALUES = {"label": ("1", True, None, 1.0, [1]), "prompt": ("", 3, None, "x" * 10**6, "\ud800"),
+          "value": ("", " ", 1, "\ud800"),
           "file_name": ("../../../secret.png", "/etc/hostname", "none.png", "", 3, LONG, "\0", ".")}
 
 
-def rows():
-    yield from ((f"{option} {text:.20}", name, options(*([f"{option}={text}"] if option != "--pairs" else [option, text])), ERROR)
-                for name, table in NUMBERS.items() for option, texts in table.items() for text in texts)
-    yield from ((text[:50], name, options(*text.split(" ")), ERROR) for name, table in WORDS.items() for text in table)
-    yield from ((f"{option} of {kind}", name, both(content("odd", KINDS.get(kind)), options(option, text)), ERROR)
-                for name, table in PATHS.items() for option in table
-                for kind, text in (("5000 characters", LONG), ("loop", "odd"), ("pipe", "odd"), ("endless", "odd")))
-    yield from ((f"{Path(file).parent.name} {key} {str(value)[:20]}", "sample", config(file, **{key: value}), ERROR)
-                for file, keys in FIELDS.items() for key, values in keys.items() for value in values)
-    yield from ((f"{file} {kind}", "sample", content(file, data), ERROR) for file in CONFIG_FILES for kind, data in KINDS.items())
-    for file in ("model/scheduler/scheduler_config.json", "model/tokenizer/tokenizer_config.json"):
-        yield from ((f"{file} {kind}", "sample", content(file, data), ERROR) for kind, data in KINDS.items() if data is not None)
-    for file in ("model/unet/diffusion_pytorch_model.safetensors", "model/text_encoder/model.safetensors"):
-        yield from ((f"{file} {kind}", "sample", content(file, data), ERROR) for kind, data in KINDS.items())
-    yield from ((f"a pickle, {kind}", "sample", change, ERROR) for kind, change in PICKLES.items())
-    yield from ((f"settings {key} {str(value)[:20]}", "resume", config("run/settings.json", **{key: value}), ERROR)
+def refused():
+    """Rows (name, command, change) that end in an error."""
+    for command, table in NUMBERS.items():
+        yield from ((f"{option} {text:.20}", command, options(f"{option}={text}"))
+                    for option, texts in table.items() for text in texts)
+    for command, table in WORDS.items():
+        yield from ((text[:50], command, options(*text.split(" "))) for text in table)
+    for command, table in PATHS.items():
+        yield from ((f"{option} of {kind}", command, both(content("odd", KINDS[kind]), options(option, "odd")))
+                    for option in table for kind in ("loop", "pipe", "endless"))
+        yield from ((f"{option} of 5000 characters", command, options(option, LONG)) for option in table)
+    for file, table in FIELDS.items():
+        yield from ((f"{file} {key} {str(value)[:20]}", "sample", config(file, **{key: value}))
+                    for key, values in table.items() for value in values)
+    yield from ((f"settings {key} {str(value)[:20]}", "resume", config("run/settings.json", **{key: value}))
                 for key, values in SETTINGS.items() for value in values)
-    for file in ("settings.json", "checkpoint.pt", "log.jsonl"):
-        yield from ((f"{file} {kind}", "resume", content(f"run/{file}", data), ERROR) for kind, data in KINDS.items()
-                    if data is not None)
-    yield from ((f"log {kind}", "plot", content("run/log.jsonl", data), ERROR) for kind, data in KINDS.items())
-    for name in "check", "train":
-        yield from ((f"image {kind}", name, image(data), ERROR) for kind, data in (IMAGES | KINDS).items())
-        yield from ((f"line {kind}", name, metadata(line=line), ERROR) for kind, line in LINES.items())
-        yield from ((f"{key} {str(value)[:20]!r}", name, metadata(**{key: value}), ERROR)
+    yield from ((f"a pickle, {kind}", "sample", change) for kind, change in PICKLES.items())
+    yield from damaged_files()
+    for command in "check", "train":
+        yield from ((f"image {kind}", command, image(data)) for kind, data in (IMAGES | KINDS).items())
+        yield from ((f"line {kind}", command, metadata(line=line)) for kind, line in LINES.items())
+        yield from ((f"{key} {str(value)[:20]!r}", command, metadata(**{key: value}))
                     for key, values in VALUES.items() for value in values)
-    yield from ((f"{kind} metadata", "check", content("data/0-career/odd/metadata.jsonl", data), ERROR)
-                for kind, data in KINDS.items() if kind not in ("missing", "empty", "loop"))
-    yield "long strip", "train", image(lambda: Image.new("L", (1, 2 * 10**6))), RESULT
-    yield from ((f"as it is: {name}", name, options(), RESULT) for name in ("sample", "train", "resume", "check", "show", "plot",
-                                                                         "sheet"))
 
 
-TABLE = [*rows()]
+def damaged_files():
+    needed = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/vocab.json",
+              "tokenizer/merges.txt", "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+    files = [("sample", f"model/{file}", ()) for file in needed]
+    files += [("sample", f"model/{file}", ("missing",)) for file in ("scheduler/scheduler_config.json",
+                                                                      "tokenizer/tokenizer_config.json")]
+    files += [("resume", f"run/{file}", ("missing",)) for file in ("settings.json", "checkpoint.pt", "log.jsonl")]
+    files += [("check", "data/0-career/odd/metadata.jsonl", ("missing", "empty", "loop")),
+              ("build", "out/dataset.json", ("missing",)), ("check", "data/dataset.json", ("missing",)),
+              ("plot", "run/log.jsonl", ()), ("collect", "base/base-model.json", ())]
+    for command, file, harmless in files:
+        yield from ((f"{file} {kind}", command, content(file, data)) for kind, data in KINDS.items()
+                    if kind not in harmless)
+
+
+WORKING = ("sample", "train", "resume", "check", "show", "plot", "sheet", "draw")
+TABLE = [(*row, ERROR) for row in refused()] + [("as it is", command, options(), RESULT) for command in WORKING]
+TABLE.append(("long strip", "train", image(strip), RESULT))
 
 
 def tree(folder):
@@ -347,7 +365,8 @@ def test_wrong_variables_of_torchrun(environment, work, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("command, package, more", [
-    ("sample", "huggingface_hub", ["--weights", "owner/name"]), ("train", "torch.utils.tensorboard", ["--tensorboard"])])
+    ("sample", "huggingface_hub", ["--weights", "owner/name"]),
+    ("train", "torch.utils.tensorboard", ["--tensorboard"])])
 def test_a_missing_package_is_named(command, package, more, work, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, package, None)
     code, err = outcome(command, more, capfd)
@@ -404,15 +423,6 @@ def test_a_damaged_cache_is_made_again(kind, work, capfd):
         assert [*map(np.array, images_of("prompt", range(2)))][1].tolist() == np.array(images[1]).tolist()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "missing"])
-def test_damaged_files_of_a_build(kind, work, capfd):
-    content("out/dataset.json", KINDS[kind])(work)
-    assert is_house_form(*outcome("build", [], capfd))
-    content("data/dataset.json", KINDS[kind])(work)
-    assert is_house_form(*outcome("check", [], capfd))
-    content("base/base-model.json", KINDS[kind])(work)
-    assert is_house_form(*outcome("collect", [], capfd))
-
 
 @pytest.mark.parametrize("how", ["closed pipe", "ASCII terminal", "no Unicode"])
 def test_a_process_of_its_own(how, work):
@@ -421,7 +431,8 @@ def test_a_process_of_its_own(how, work):
     if how == "ASCII terminal":
         words, env = [*words[:-1], "nöwhere"], env | {"PYTHONIOENCODING": "ascii"}
     if how == "no Unicode":
-        words = [sys.executable, "-m", "sample", "--prompt", "a", "--steps", "1", "--principle", b"\xff", "--out", "out"]
+        options = ["--prompt", "a", "--steps", "1", "--principle", b"\xff", "--out", "out"]
+        words = [sys.executable, str(REPOSITORY / "sample.py"), *options]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     if how == "closed pipe":
         process.stdout.close()
