@@ -316,6 +316,7 @@ def work(original, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `run` sets it
     monkeypatch.setattr(dataset, "load_classifier", StubClassifier)  # the true one is trained first
+    monkeypatch.setattr(train, "save_samples", lambda *args: None)  # seconds
     return tmp_path / "work"
 
 

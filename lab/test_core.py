@@ -487,7 +487,8 @@ def test_non_finite_error_stops_the_run_and_names_the_pair(sd, dataset, tmp_path
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_thirty_kills_at_random_moments_change_nothing(folder, root, tmp_path):
+def test_thirty_kills_at_random_moments_change_nothing(folder, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SAMPLING", {"steps": 1, "guidance": 1, "batch_size": 16})
     options = run_settings(folder, root, steps=24, save_every=3, sample_every=8)
 
     def train_with_kills(run, kills):
