@@ -253,7 +253,7 @@ def wait_for_steps(process, run, steps):
 
 # ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-KILLS = 30
+KILLS = int(os.environ.get("KILLS", 30))
 FORK = multiprocessing.get_context("fork")  # all imports are done, so that a process starts at once
 
 

@@ -496,7 +496,7 @@ def test_thirty_kills_at_random_moments_change_nothing(folder, root, tmp_path, m
         def arguments():
             return ["--resume", str(run)] if (run / "settings.json").exists() else [*options, "--out", str(run)]
 
-        left = run_with_kills(train.main, arguments, kills, seconds=1.5)
+        left = run_with_kills(train.main, arguments, kills, seconds=0.8)
         assert not [*run.parent.rglob(".*")]  # no leftovers
         files = [run / "log.jsonl", run / "value_encoder/model.safetensors", *sorted((run / "samples").iterdir())]
         return left, {file.relative_to(run): file.read_bytes() for file in files}

@@ -115,7 +115,7 @@ def test_thirty_kills_at_random_moments_change_nothing(tiny, built, stub, tmp_pa
     left = KILLS
     while left:
         out = tmp_path / str(left)
-        left = run_with_kills(dataset.main, lambda: build_options(tiny, out), left, seconds=1.5)
+        left = run_with_kills(dataset.main, lambda: build_options(tiny, out), left, seconds=0.8)
         assert tree(out) == tree(built)
 
 
