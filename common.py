@@ -4,17 +4,13 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
+import re
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
-
-# Options that have a new name.
-RENAMED = {"--t-low": "--min-timestep", "--bias-share": "--bias-alpha-scale", "--token-lr": "--final-ln-lr-scale",
-           "--together": "--group-size", "--value-share": "--value-fraction", "--harmless": "--preservation"}
 
 
 class UserError(Exception):
@@ -32,39 +28,50 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=Formatter, **kwargs)
 
-    def parse_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
-            if new := RENAMED.get(str(word).split("=")[0]):
-                raise UserError(f"expected {new}, the new name of the option, got {word}")
-        return super().parse_args(args, namespace)
-
     def error(self, message):
-        raise UserError(message)
+        from formats.messages import of_argparse
+        raise UserError(of_argparse(message))
 
 
 def run(main):
-    """Call main(). A UserError becomes `error: …` and exit code 2, Ctrl-C exit code 130; a warning is one line too."""
-    warnings.showwarning = lambda text, *_: print(f"warning: {' '.join(str(text).split())}", file=sys.stderr)
+    """Call main(). What is due to the input or the system becomes `error: …` and exit code 2; Ctrl-C is exit code 130.
+
+    Errors and warnings are one line each.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
+    warnings.showwarning = lambda text, *_: print("warning:", one_line(text), file=sys.stderr)
     try:
         main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        print(end="", flush=True)  # here, where a closed pipe or a full disk can still be told
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        from formats.messages import explain
+        if not (text := explain(error)):
+            raise
+        print("error:", one_line(text), file=sys.stderr)
+        if isinstance(error, OSError) and not error.filename:
+            sys.stdout = open(os.devnull, "w")  # Python flushes it again when it exits
+        sys.exit(2)
+
+
+def one_line(text, length=1000):
+    line = re.sub(r"(\S{80})\S{80,}", r"\1…", " ".join(str(text).split()))
+    return line if len(line) <= length else line[:length] + "…"
 
 
 def number(kind, low, high):
     """An argparse type: a number from low to high, both included."""
 
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:  # this refuses NaN too
-            raise argparse.ArgumentTypeError(f"expected {low} … {high}, got {text}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:  # this refuses NaN too
+                return value
+        words = f"an integer from {low:.0f}" if kind is int else f"a number from {low:g}"
+        raise argparse.ArgumentTypeError(f"expected {words} to {high:.0f}, got {text!r:.60}")
 
-    parse.__name__ = kind.__name__  # argparse names it in its error
     return parse
 
 
@@ -87,8 +94,9 @@ def pick_device(name, dtype):
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where the kernels of attention.py start
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises nothing narrower
-        raise UserError(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}") from error
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:  # torch raises nothing narrower
+        raise UserError(f"--device: expected auto, cpu, cuda, …, got {name}: {str(error).splitlines()[0].split('. ')[0]}"
+                        ) from error
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
     return device, {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
@@ -104,60 +112,56 @@ def check_writable(folder):
         raise UserError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
 
 
+def regular(path, what):
+    """The path of a regular file. Raises UserError for any other: to read a pipe or a device may never end."""
+    if not os.path.isfile(path):
+        got = "a folder" if os.path.isdir(path) else "no regular file" if os.path.lexists(path) else "none"
+        raise UserError(f"{path}: expected {what}, got {got}")
+    return Path(path)
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`. Rename it to `path` if the block succeeds, else remove it."""
+    from formats.disk import writing
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    if path.exists() and not path.is_file():  # a folder, a device
-        raise UserError(f"cannot write {path}: expected a regular file, or none")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path) and not os.path.isfile(path):  # a folder, a device
+        raise UserError(f"{path}: expected a regular file to replace, or none, got another kind of file")
+    with writing(path, path.suffix) as temporary:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 @contextlib.contextmanager
-def atomic_folder(folder, marker):
-    """The same for a folder. An existing one is replaced only if it has a file `marker`, as an earlier one of its kind."""
+def atomic_folder(folder, marker, keep=False):
+    """The same for a folder. An existing one is replaced only if it has a file `marker`, as an earlier one of its kind.
+
+    keep: nor is it replaced then, as another process has made it meanwhile.
+    """
+    from formats.disk import put, writing
     folder = Path(folder).absolute()
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        replaceable = (folder / marker).exists() or folder.is_dir() and not any(folder.iterdir())
-        if folder.exists() and not replaceable:
+    with writing(folder) as temporary:
+        if folder.exists() and not (folder / marker).exists() and (folder.is_file() or any(folder.iterdir())):
             raise UserError(f"{folder}: expected no such folder, or one with a {marker}, got another")
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         yield temporary
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if not (keep and (folder / marker).exists()):
+            put(temporary, folder)
 
 
-def read_json(path):
-    """The object in a JSON file. Raises UserError for anything else."""
+def read_json(path, **kinds):
+    """The object in a JSON file. Raises UserError for anything else, or where a key has no value of its kind."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular(path, "a JSON file").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: expected a JSON file, got {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the last of deeply nested JSON
         raise UserError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path}: expected {kind.__name__} as {key}, got {content.get(key)!r}")
     return content
 
 

@@ -2,8 +2,11 @@
 
 import atexit
 import json
+import multiprocessing
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +61,9 @@ def levels(*channels):
 UNETS = {
     "1.x, two levels": levels(32, 64) | dict(cross_attention_dim=24, attention_head_dim=4, norm_num_groups=16),
     "1.x, four levels": levels(32, 64, 64, 64) | dict(cross_attention_dim=24, attention_head_dim=8, layers_per_block=1),
+    "distilled, no mid block": dict(
+        block_out_channels=(32, 64, 64), down_block_types=("CrossAttnDownBlock2D",) * 3, layers_per_block=1,
+        up_block_types=("CrossAttnUpBlock2D",) * 3, mid_block_type=None, cross_attention_dim=24, attention_head_dim=4),
     "2.x": levels(32, 64, 64) | dict(cross_attention_dim=40, attention_head_dim=(2, 4, 4), use_linear_projection=True,
                                      upcast_attention=True)}
 
@@ -250,3 +256,34 @@ def steps_in(run):
 def wait_for_steps(process, run, steps):
     while steps_in(run) < steps and process.poll() is None:
         time.sleep(0.002)
+
+
+# ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+KILLS = int(os.environ.get("KILLS", 30))
+FORK = multiprocessing.get_context("fork")  # all imports are done, so that a process starts at once
+
+
+def quietly(main, arguments):
+    """main(arguments) without output, on one thread: those of OpenMP do not survive a fork."""
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    torch.set_num_threads(1)
+    main(arguments)
+
+
+def run_with_kills(main, arguments, kills, seconds, rng=random.Random(0)):
+    """Run main(arguments()) in a process of its own and kill it at a random moment, again and again, until it ends.
+
+    kills: at most so many. seconds: the longest life. -> the kills that are left
+    """
+    while True:
+        process = FORK.Process(target=quietly, args=(main, arguments()))
+        process.start()
+        process.join(rng.uniform(0, seconds) if kills else None)
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return kills
+        assert process.exitcode == -signal.SIGKILL
+        kills -= 1

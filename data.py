@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, atomic_folder, read_json
+from common import UserError, atomic_folder, read_json, regular
 from latents import check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
 
 PRESERVATION_TYPE = "preservation"
+MAX_LENGTH = 10_000  # characters of a text in metadata.jsonl; the tokenizer keeps 77 words at most
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def read_sample(line, scene, root, where):
     for key in ("file_name", "prompt", "value"):
         if not isinstance(entry[key], str) or not entry[key].strip():
             raise ValueError(f"expected a text as {key}, got {entry[key]!r}")
+        if len(entry[key]) > MAX_LENGTH:
+            raise ValueError(f"expected at most {MAX_LENGTH} characters as {key}, got {len(entry[key])}")
         entry[key].encode()  # half of a surrogate pair is a ValueError
     if type(entry["label"]) is not int:  # isinstance would take True
         raise ValueError(f"expected an integer as label, got {entry['label']!r}")
@@ -85,7 +88,7 @@ def read_lines(root):
         if file.parent.name.startswith("."):  # a scene that is being built
             continue
         try:
-            lines = file.read_bytes().splitlines()
+            lines = regular(file, "a file of samples").read_bytes().splitlines()
         except OSError as error:
             raise UserError(f"{file}: expected a file to read, got {error.strerror}") from error
         for number, line in enumerate(lines, 1):
@@ -131,15 +134,26 @@ class PreferenceDataset:
     def __init__(self, root, sd, cache, group_size=1):
         samples, faults = read_samples(root)
         self.key = fingerprint(sd, samples, Path(root).resolve())
-        folder = Path(cache) / self.key
-        if not folder.exists():
+        total, prompts = len(samples) + len(faults), unique_prompts(samples)
+
+        def make(folder):
             remove_leftovers(folder)
-            with atomic_folder(folder, "broken.json") as temporary:
+            with atomic_folder(folder, "broken.json", keep=True) as temporary:
                 encode_samples(sd, samples, faults, root, temporary)
-        total = len(samples) + len(faults)
-        broken = {int(i): fault for i, fault in read_json(folder / "broken.json").items()}
-        faults += [f"{samples[i].where}: {fault}" for i, fault in broken.items()]
-        prompts = unique_prompts(samples)
+
+        def read(folder):
+            broken = {int(i): fault for i, fault in read_json(folder / "broken.json").items()}
+            channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
+            # sample, plain or mirrored, mean or log-variance
+            shape = (len(samples) - len(broken), 2, 2, channels, size, size)
+            latents = map_file(folder / "latents.bin", shape, torch.float16)
+            shape = (len(prompts), sd.tokenizer.max_length, sd.text_encoder.config.hidden_size)
+            embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
+            return {i: f"{samples[i].where}: {fault}" for i, fault in broken.items()}, latents, embeds
+
+        from formats.disk import cached  # here, so that importing the core loads nothing of formats/
+        broken, self.latents, self.prompt_embeds = cached(Path(cache) / self.key, read, make)
+        faults += broken.values()
         samples = [sample for i, sample in enumerate(samples) if i not in broken]
         self.aligned, self.violating = pair_up(samples, faults)
         for fault in faults:
@@ -152,11 +166,6 @@ class PreferenceDataset:
         sizes = Counter(kind(sample) if group_size > 1 else "" for sample, _ in self.aligned)
         self.groups = tuple(pairwise([0, *accumulate(sizes.values())]))  # (first, end) of each in `aligned`
 
-        channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
-        shape = (len(samples), 2, 2, channels, size, size)  # sample, plain or mirrored, mean or log-variance
-        self.latents = map_file(folder / "latents.bin", shape, torch.float16)
-        shape = (len(prompts), sd.tokenizer.max_length, sd.text_encoder.config.hidden_size)
-        self.prompt_embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
         self.prompt_rows = {prompt: row for row, prompt in enumerate(prompts)}
 
     def __len__(self):

@@ -7,7 +7,7 @@ UNet needs one. So its layers can store fewer activations for the backward pass 
 import contextlib
 import ctypes
 import os
-import shutil
+import subprocess
 from functools import partial
 
 import torch
@@ -88,8 +88,11 @@ def with_context(unet, context, latents):
 
 def compile_unet(unet):
     """torch.compile, which fuses operations. Raises UserError if there is no C++ compiler."""
-    if not shutil.which(compiler := os.environ.get("CXX", "g++")):
-        raise UserError(f"--compile: expected a C++ compiler, got no {compiler}")
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        subprocess.run([compiler, "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"--compile: expected a C++ compiler, got {compiler}: {error}") from error
     unet.compile()
 
 

@@ -15,6 +15,7 @@ from common import UserError, write_json
 from livo import encode_prompts
 
 MAX_UNUSABLE = 0.01  # fraction of the samples
+MAX_RATIO = 32  # of an image's sides: more of a strip would not be seen, but fill the memory
 STALE = 3600  # seconds after which an unfinished cache is abandoned
 FORMATS = "PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"
 WHITE = {"I": (2**16 - 1, 2**32 - 1), "F": (1, 2**8 - 1, 2**16 - 1, float("inf"))}  # values of white, by Pillow's mode
@@ -41,6 +42,7 @@ def open_image(path):
 def crop(image, size):
     """PIL, RGB -> (3, size, size) in [-1, 1]: the shorter side resized to `size`, then the center crop, as the authors do."""
     short = min(image.size)
+    image = ImageOps.fit(image, [min(side, MAX_RATIO * short) for side in image.size])  # only a long strip changes
     image = image.resize([size * side // short for side in image.size], Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in image.size)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # (size, size, 3)
@@ -112,5 +114,5 @@ def map_file(path, shape, dtype):
     """A file as a memory-mapped tensor."""
     expected, got = math.prod(shape) * dtype.itemsize, path.stat().st_size if path.exists() else "none"
     if got != expected:
-        raise UserError(f"{path}: expected a file of {expected} bytes, got {got}; delete its folder, it is made again")
+        raise UserError(f"{path}: expected a file of {expected} bytes, got {got}")
     return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)

@@ -15,23 +15,23 @@ import tomllib
 import warnings
 from dataclasses import field, fields
 from datetime import timedelta
-from math import inf
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common import UserError, atomic, check_writable, number, read_json, write_json
+from common import UserError, atomic, check_writable, number, read_json, regular, write_json
 from retrieve import retrieve
 from sample import captioned, generate
 
 TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK, WORLD = (int(text) if (text := os.environ.get(name, "")).isdecimal() else default  # set by torchrun
+               for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of sample sheets and the last table
 
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def setting(default, text, low=0.0, high=inf):
+def setting(default, text, low=0.0, high=1e9):
     """A field of the dataclass of settings, with the help and the limits of its option."""
     return field(default=default, metadata={"help": text, "low": low, "high": high})
 
@@ -50,7 +50,7 @@ def load_preset(weights):
     file = Path(weights) / "livo.toml"
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: expected settings in TOML, got: {error}") from error
 
 
@@ -59,6 +59,8 @@ def parse_settings(parser, cls, argv):
 
     Options win over the settings of a resumed run, and over those that come with the weights.
     """
+    from formats.processes import check_environment
+    check_environment()
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume and args.out:
@@ -112,15 +114,18 @@ def resume(folder, value_encoder, optimizer, data_key):
     Raises UserError if it is damaged, or of other data or weights.
     """
     file = folder / "checkpoint.pt"
-    for leftover in folder.glob(".checkpoint.pt.*"):  # of a process that was killed while it wrote
-        leftover.unlink(missing_ok=True)
-    if not file.exists():
+    if not os.path.lexists(file):
         return 0
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(regular(file, "a checkpoint"), map_location="cpu", weights_only=True)
         value_encoder.load_state_dict(state["value_encoder"])
+        groups = [group | {"lr": 0} for group in optimizer.state_dict()["param_groups"]]
         optimizer.load_state_dict(state["optimizer"])
         step, before = state["step"], state["data"]
+        sound = groups == [group | {"lr": 0} for group in optimizer.state_dict()["param_groups"]] and all(
+            tensor.shape in ((), p.shape) for p, moments in optimizer.state.items() for tensor in moments.values())
+        if not (sound and type(step) is int and step >= 0):
+            raise ValueError("other settings or shapes of the optimizer")
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{file}: expected a checkpoint of such a value encoder, got {error!r}") from error
     if before != data_key:
@@ -134,10 +139,13 @@ class Log:
     def __init__(self, folder, steps, tensorboard=False):
         path = folder / "log.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
+            text = regular(path, "a log").read_text(encoding="utf-8") if os.path.lexists(path) else ""
+            lines = text.splitlines()[:steps]
             self.lines = [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise UserError(f"{path}: expected a JSON object on each of the first {steps} lines, got {error}") from error
+            if os.path.lexists(path) and [line["step"] for line in self.lines] != list(range(steps)):
+                raise ValueError(f"{len(lines)} lines, or others")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path}: expected a JSON object for each of the first {steps} steps, got {error}") from error
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # line by line
@@ -206,7 +214,9 @@ def caught_signals():
 def join_processes(device):
     """Under torchrun: join the other processes. They wait while one of them encodes the data."""
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        from formats.processes import meet
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2),
+                                store=dist.PrefixStore("livo", meet(RANK, WORLD)), rank=RANK, world_size=WORLD)
         atexit.register(dist.destroy_process_group)
 
 

@@ -19,11 +19,16 @@ from tqdm import tqdm
 
 import livo
 import weights
-from common import Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, run
+from common import (Parser, UserError, add_device_options, atomic, check_writable, number, one_line, pick_device,
+                    run)
 from diffusion import Schedule, denoise, sample_noise
 from efficiency import compile_unet
 from livo import is_bias, load_value_encoder, spread
 from retrieve import TOXIC, retrieve
+
+MAX_SCALE = 4  # height and width of an image at most, in sizes of the training's
+MAX_PRINCIPLES = 16  # value tokens, beside 77 of the prompt
+
 
 @torch.no_grad()
 def to_images(vae, latents, batch_size=4):
@@ -43,8 +48,8 @@ def latent_size(sd, height=None, width=None):
     """Pixels -> (h, w) of the latents. None is the size that the model was trained at."""
     f, default = sd.vae.config.factor, sd.unet.config.sample_size
     for name, pixels in ("height", height), ("width", width):
-        if pixels is not None and (pixels < 1 or pixels % f):
-            raise UserError(f"--{name}: expected a positive multiple of {f} pixels, got {pixels}")
+        if pixels is not None and (pixels % f or not 1 <= pixels <= MAX_SCALE * sd.size):
+            raise UserError(f"--{name}: expected a multiple of {f} up to {MAX_SCALE * sd.size} pixels, got {pixels}")
     return (height // f if height else default), (width // f if width else default)
 
 
@@ -104,6 +109,7 @@ def grid(images):
 def captioned(rows):
     """[(caption, PIL images of one size)] -> a sheet, each caption above its row."""
     font, (width, height), strip = ImageFont.load_default(), rows[0][1][0].size, 16
+    rows = [(one_line(caption, 200), images) for caption, images in rows]
     widths = [max(len(images) * width, math.ceil(font.getlength(caption)) + 8) for caption, images in rows]
     sheet = Image.new("RGB", (max(widths), len(rows) * (height + strip)), "white")
     for row, (caption, images) in enumerate(rows):
@@ -118,7 +124,7 @@ def save_png(image, path, settings):
     """Write a PNG with `settings` as text metadata, atomically."""
     info = PngInfo()
     for key, value in settings.items():
-        info.add_text(key, str(value))
+        info.add_text(key, str(value).encode(errors="replace").decode())  # a path may be no Unicode
     with atomic(path) as temporary:
         image.save(temporary, pnginfo=info)
 
@@ -137,7 +143,10 @@ def choose_principles(choices, prompt):
     found = retrieve(prompt)
     auto = [principle for principle in found if principle in TOXIC] or found
     chosen = [{"auto": auto, "none": []}.get(choice, [choice]) for choice in choices]
-    return list(dict.fromkeys(principle for some in chosen for principle in some))
+    chosen = list(dict.fromkeys(principle for some in chosen for principle in some))
+    if len(chosen) > MAX_PRINCIPLES:
+        raise UserError(f"--principle: expected at most {MAX_PRINCIPLES}, got {len(chosen)}")
+    return chosen
 
 
 def find_value_encoder(args, sd):
@@ -175,9 +184,9 @@ def parse_args(argv=None):
     add("--eta", type=number(float, 0, 1), default=0.0, help="ddim: fresh noise per step")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of the first image")
     add("-n", type=count, default=1, help="number of images")
-    add("--batch-size", type=count, default=4, help="images at a time")
+    add("--batch-size", type=number(int, 1, 1024), default=4, help="images at a time")
     for side in ("--height", "--width"):
-        add(side, type=int, help="in pixels; by default as in training")
+        add(side, type=number(int, 1, 2**14), help="in pixels; by default as in training")
     add_device_options(parser)
     add("--compile", action="store_true", help="torch.compile the UNet: a minute or more at first, then faster")
     add("--out", type=Path, default=Path("out"), help="folder to write to")

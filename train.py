@@ -11,6 +11,7 @@ are cached beside it. `python -m lab.plots runs/livo` plots the log.
 
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,9 @@ from diffusion import Schedule
 from efficiency import checkpoint_layers, keep_freed_memory
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, is_bias, livo_loss, load_value_encoder,
                   make_context, violating_hinge)
-from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, join_processes, load_preset, one_first,
-                  parse_settings, resume, save_checkpoint, save_samples, save_settings, setting, sum_over_processes,
-                  warn_if_saturated)
+from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new, join_processes, load_preset, one_first,
+                  parse_settings, resume, save_checkpoint, save_samples, save_settings, setting,
+                  sum_over_processes, warn_if_saturated)
 from unet import ResnetBlock, SpatialTransformer
 
 TINY_SD = Path(__file__).parent / "tiny-sd"
@@ -48,9 +49,9 @@ class Settings:
     init: str = setting("", "initial value encoder, folder or hub name; by default the frozen text encoder")
     data: str = setting("", "folder of preference data, or toy: rendered portraits for tiny-sd")
     steps: int = setting(15_000, "optimizer steps", 1)
-    batch: int = setting(8, "pairs a step, over all processes", 1)
-    micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1)
-    group_size: int = setting(1, "consecutive pairs that share a principle; 1 mixes them", 1)
+    batch: int = setting(8, "pairs a step, over all processes", 1, 2**16)
+    micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1, 2**10)
+    group_size: int = setting(1, "consecutive pairs that share a principle; 1 mixes them", 1, 2**16)
     min_timestep: int = setting(0, "lowest timestep that is trained", 0, 999)
     lr: float = setting(1e-6, "learning rate")
     final_ln_lr_scale: float = setting(1.0, "factor on it for the final LayerNorm, which sets the token norm")
@@ -209,10 +210,10 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
             log.add(line)
             if done % 50 == 0:
                 warn_if_saturated(log.lines[-50:], s)
+            if done % s.sample_every == 0 and done < s.steps and not stop:  # a kill loses none
+                save_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
             if done % s.save_every == 0 or done == s.steps or stop:
                 save_checkpoint(folder, value_encoder, optimizer, done, dataset.key)
-            if done % s.sample_every == 0 and done < s.steps and not stop:
-                save_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
         if stop:
             print(f"stopped after step {done}; resume with python train.py --resume {folder}", file=sys.stderr)
             sys.exit(128 + max(signals, default=signal.SIGTERM))
@@ -254,13 +255,24 @@ def main(argv=None):
     join_processes(device)
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
+    if s.min_timestep >= (steps := len(Schedule(sd.scheduler).alphas_cumprod)):
+        raise UserError(f"--min-timestep: expected an integer from 0 to {steps - 1}, got {s.min_timestep}")
     keep_freed_memory(large=True)
     if args.checkpointing:
         checkpoint_layers(sd.unet, (ResnetBlock, SpatialTransformer))
+    from formats.disk import locked
+    with locked(folder) if RANK == 0 else nullcontext():
+        carry_out(args, s, folder, sd)
+
+
+def carry_out(args, s, folder, sd):
+    """Read the data, train, and write the results."""
     if s.data == TOY:
         from lab import toy  # the one place where the core imports the lab
-    if RANK == 0 and not args.resume:
-        save_settings(folder, s)  # before the long work, so that it can be resumed
+    if not args.resume:
+        check_new(folder)  # again, as another run may have ended here meanwhile
+        if RANK == 0:
+            save_settings(folder, s)  # before the long work, so that it can be resumed
     with one_first():
         root = toy.default_pairs(folder.parent) if s.data == TOY else s.data
         dataset = PreferenceDataset(root, sd, folder.parent / "cache", s.group_size)

@@ -34,6 +34,7 @@ class UNetConfig:
     block_out_channels: tuple = (320, 640, 1280, 1280)
     down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"  # None in distilled models: there is no mid block
     layers_per_block: int = 2
     cross_attention_dim: int = 768  # channels of the context: 1024 in SD 2.x
     attention_head_dim: int | tuple = 8  # the NUMBER of heads (diffusers issue 2011), per level: (5, 10, 20, 20) in 2.x
@@ -270,7 +271,7 @@ class UNet(nn.Module):
             self.down_blocks.append(DownBlock(channels_in, c, config, down_heads[i], downsample=i < last))
             skip_channels += [c] * (n + 1 if i < last else n)
 
-        self.mid_block = MidBlock(channels[-1], heads[-1], config)
+        self.mid_block = MidBlock(channels[-1], heads[-1], config) if config.mid_block_type else None
         self.up_blocks, previous = nn.ModuleList(), channels[-1]
         for i, c in enumerate(reversed(channels)):
             channels_in = [c_x + skip_channels.pop() for c_x in [previous] + [c] * n]
@@ -294,7 +295,7 @@ class UNet(nn.Module):
         for block in self.down_blocks:
             x, block_skips = block(x, time_emb, context)
             skips += block_skips
-        x = self.mid_block(x, time_emb, context)
+        x = self.mid_block(x, time_emb, context) if self.mid_block else x
         for block in self.up_blocks:
             x = block(x, time_emb, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from clip_text import CLIPTextModel, CLIPTokenizer
-from common import UserError, atomic_folder, read_json, write_json
+from common import UserError, atomic_folder, regular, write_json
 from efficiency import keep_freed_memory
 from unet import UNet
 from vae import VAE
@@ -108,11 +108,13 @@ def fastest_dtype(device, unet=None):
 def read_folder(path, source, dtypes, tokenizer):
     """A folder in the diffusers layout -> its sub-models, tokenizer and scheduler_config.json."""
     from formats import checks
+    from formats.fields import read_scheduler
     checks.check_sd_files(checks.listing(path), source)
     dtypes = dtypes(checks.read_config(path / "unet" / "config.json", UNet))
     sub_models = {name: read_sub_model(path / name, NETWORKS[name], dtypes[name]) for name in NETWORKS}
     file = path / "scheduler" / "scheduler_config.json"
-    return sub_models, CLIPTokenizer(tokenizer or path / "tokenizer"), read_json(file) if file.exists() else SCHEDULER
+    scheduler = read_scheduler(file) if os.path.lexists(file) else SCHEDULER
+    return sub_models, CLIPTokenizer(tokenizer or path / "tokenizer"), scheduler
 
 
 def read_sub_model(folder, network, dtype):
@@ -133,9 +135,9 @@ def read_tensors(path, dtype=None):
 
     dtype: of the network, if known. Others are converted here, each through its own mapping, which frees its pages.
     """
-    if Path(path).suffix != ".safetensors":
-        from formats.files import read_pickle
-        return read_pickle(path)
+    if Path(regular(path, "a file of tensors")).suffix != ".safetensors":
+        from formats.files import check_tensors, read_pickle
+        return check_tensors(read_pickle(path), path)
     try:
         return {name: tensor if dtype in (None, tensor.dtype) else safe_open(path, "pt").get_tensor(name).to(dtype)
                 for name, tensor in load_file(path).items()}
@@ -160,7 +162,8 @@ def build(network, sub_model, dtype, device):
     except Exception as error:  # constructors raise anything for numbers that do not fit together
         raise UserError(f"{where}: expected a {network.__name__}'s config, got {error!r}") from error
     expected = model.state_dict()
-    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in expected.items()}:
+    if {name: t.shape for name, t in tensors.items() if t.is_floating_point()} != {
+            name: t.shape for name, t in expected.items()}:
         from formats.files import match_names  # renames the parameters of older versions, or raises
         tensors = match_names(tensors, expected, network, where)
     model.load_state_dict({name: tensors.pop(name).to(device, dtype) for name in expected}, assign=True)

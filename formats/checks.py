@@ -1,9 +1,12 @@
 """Is it a Stable Diffusion 1.x or 2.x? Checks of a folder's files, of its config.json, and that its sub-models fit."""
 
+import re
+import warnings
 from dataclasses import fields
 
 from clip_text import CLIPTextConfig, CLIPTextModel
 from common import UserError, read_json
+from formats.fields import check_fields
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -14,7 +17,7 @@ FIXED = {UNet: dict(
     center_input_sample=False, class_embed_type=None, class_embeddings_concat=False, conv_in_kernel=3,
     conv_out_kernel=3, cross_attention_norm=None, downsample_padding=1, dual_cross_attention=False,
     encoder_hid_dim=None, encoder_hid_dim_type=None, flip_sin_to_cos=True, freq_shift=0,
-    mid_block_only_cross_attention=None, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
+    mid_block_only_cross_attention=None, mid_block_scale_factor=1,
     num_attention_heads=None, num_class_embeds=None, only_cross_attention=False, resnet_out_scale_factor=1,
     resnet_skip_time_act=False, resnet_time_scale_shift="default", reverse_transformer_layers_per_block=None,
     time_cond_proj_dim=None, time_embedding_act_fn=None, time_embedding_dim=None, time_embedding_type="positional",
@@ -25,6 +28,7 @@ FIXED = {UNet: dict(
 )}
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "DownEncoderBlock2D",
                "UpDecoderBlock2D")
+MID_BLOCK_TYPES = ("UNetMidBlock2DCrossAttn", None)
 PREDICTIONS = ("epsilon", "v_prediction")
 SIGNS = {  # the start of a file's name -> what the folder is instead
     "transformer/": "an SD3 or Flux checkpoint",
@@ -76,7 +80,7 @@ def read_config(path, network):
     config = read_json(path)
     if network is CLIPTextModel:
         try:
-            return CLIPTextConfig.from_dict(config)
+            return check_fields(CLIPTextConfig.from_dict(config), path)
         except (UserError, TypeError) as error:
             raise UserError(f"{path}: expected the config of a text encoder, got: {error}") from error
     # None, False, 0 and a missing key are the same.
@@ -86,11 +90,25 @@ def read_config(path, network):
         kinds = config.get(key, [])
         if not isinstance(kinds, list) or any(kind not in BLOCK_TYPES for kind in kinds):
             wrong.append(f"{key} with or without CrossAttn, got {kinds}")
+    if (kind := config.get("mid_block_type")) not in MID_BLOCK_TYPES:
+        wrong.append(f"mid_block_type {' or '.join(map(str, MID_BLOCK_TYPES))}, got {kind!r}")
     if wrong:
         raise UserError(f"{path}: expected {'; '.join(wrong[:3])}")
     cls = CONFIGS[network]
     values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    values |= {field.name: False for field in fields(cls) if field.type is bool and values.get(field.name) is None}
+    return correct_sample_size(check_fields(cls(**values), path), config.get("_diffusers_version"), path)
+
+
+def correct_sample_size(config, version, path):
+    """Before version 0.9 diffusers' conversion script wrote sample_size 32 for models of 64. Its pipeline takes 64."""
+    match = re.match(r"(\d+)\.(\d+)", str(version))
+    old = match and (int(match[1]), int(match[2])) < (0, 9)
+    if isinstance(config, UNetConfig) and old and config.sample_size < 64:
+        warnings.warn(f"{path}: sample_size {config.sample_size} of diffusers {version:.20} is taken as 64")
+        config.sample_size = 64
+    return config
 
 
 def check_fit(sub_models, tokenizer, prediction_type, source):
@@ -102,6 +120,7 @@ def check_fit(sub_models, tokenizer, prediction_type, source):
     for what, got, expected in [
         ("input channels in the UNet (inpainting, depth and upscaling models have more)",
          unet.in_channels, vae.latent_channels),
+        ("color channels in the images of the VAE", max(vae.in_channels, vae.out_channels), 3),
         ("output channels in the UNet", unet.out_channels, vae.latent_channels),
         ("text channels in the UNet, as in the text encoder", unet.cross_attention_dim, text.hidden_size),
     ]:

@@ -9,6 +9,7 @@ import re
 
 from clip_text import CLIPTextConfig, CLIPTokenizer
 from common import UserError
+from formats.fields import check_fields
 from unet import UNetConfig
 from vae import VAEConfig
 from weights import SubModel, read_tensors
@@ -94,6 +95,10 @@ def read_single_file(path, tokenizer, prediction_type):
         }
     except KeyError as error:
         raise UserError(f"{path}: expected the tensor {error.args[0]}, got none") from error
+    except Exception as error:  # names and shapes can be anything: numbers of many digits, tensors without dimensions
+        raise UserError(f"{path}: expected tensors of CompVis's shapes and names, got {error!r}") from error
+    for sub_model in sub_models.values():
+        check_fields(sub_model.config, path)
     tokenizer = CLIPTokenizer(tokenizer or vocabulary_beside(path))
     if sub_models["unet"].config.use_linear_projection:  # SD 2.x was trained with "!" as padding
         tokenizer.pad_token_id, tokenizer.special_tokens["pad_token"] = 0, "!"

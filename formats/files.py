@@ -14,6 +14,7 @@ WEIGHT_FILE = re.compile(  # with the two places that versions of diffusers gave
     r"(?:\.(?P<variant>\w+))?(?:-\d+-of-(?P<shards>\d+))?(?:\.(?P<late_variant>\w+))?"
     r"\.(?P<format>safetensors|bin)"
 )
+MAX_NESTING = 4  # of "state_dict"
 VAE_ATTENTION_NAMES = [  # q and proj_out in CompVis files, query and proj_attn in diffusers before 0.17
     (r"(attentions\.0)\.norm\.", r"\1.group_norm."),
     (r"(attentions\.0)\.([qkv])(uery|ey|alue)?\.", r"\1.to_\2."),
@@ -49,15 +50,36 @@ def read_pickle(path):
     """A .ckpt or .bin file -> {name: memory-mapped tensor}. No code in the file is executed."""
     stub = (ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
     try:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        if zipped := zipfile.is_zipfile(path):
+            check_archive(path)
         with torch.serialization.safe_globals([stub]), warnings.catch_warnings(action="ignore"):
-            # Files from before torch 1.6 are no zip archives and cannot be mapped.
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        while "state_dict" in tensors:  # twice in some files
-            tensors = tensors["state_dict"]
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        for _ in range(MAX_NESTING):  # twice in some files; a hostile one may hold itself
+            tensors = tensors.get("state_dict", tensors)
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    except UserError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         # torch's own message advises to allow all code. What it refused is the error's context.
         raise UserError(f"{path}: expected a file of tensors, got {error.__context__ or error!r}") from error
+
+
+def check_archive(path):
+    """Raise UserError for a zip archive that takes more memory than its size; torch compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        if large := [info.filename for info in archive.infolist() if info.file_size > info.compress_size]:
+            raise UserError(f"{path}: expected an uncompressed archive of tensors, got {large[0]} compressed")
+
+
+def check_tensors(tensors, path):
+    """Return {name: tensor}. Raise UserError unless the names are texts and the tensors plain numbers in memory."""
+    for name, tensor in tensors.items():
+        kind = ("without data" if tensor.is_meta else "quantized" if tensor.is_quantized else
+                "" if tensor.layout == torch.strided else f"of layout {tensor.layout}")
+        if kind or not isinstance(name, str):
+            raise UserError(f"{path}: expected dense tensors with names, got one named {name!r:.80} {kind}")
+    return tensors
 
 
 def match_names(tensors, expected, network, where):
@@ -79,6 +101,7 @@ def match_names(tensors, expected, network, where):
         "unexpected": [name for name in matched if name not in expected],
         "of another shape": [f"{name} {tuple(matched[name].shape)} for {tuple(t.shape)}"
                              for name, t in expected.items() if name in matched and matched[name].shape != t.shape],
+        "of no floats": [f"{name} {t.dtype}" for name, t in matched.items() if not t.is_floating_point()],
     }
     if any(wrong.values()):
         got = "; ".join(f"{len(some)} {how}: {', '.join(some[:3])}" for how, some in wrong.items() if some)

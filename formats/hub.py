@@ -23,14 +23,16 @@ def locate(source, choose, markers):
 
 def fetch(source, choose, markers):
     """A hub name -> the Path of its folder in the cache, up to date if the hub can be reached. Raises UserError."""
-    if not HUB_NAME.fullmatch(source) or source.endswith(FILE_SUFFIXES):
+    if not HUB_NAME.fullmatch(source) or ".." in re.split("[/:]", source) or source.endswith(FILE_SUFFIXES):
         raise UserError(f"{source}: expected a file, a folder or a hub name (owner/name), got nothing there")
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache  # slow to import
 
     repository, _, folder = source.partition(":")
     prefix = folder.strip("/") + "/" if folder else ""
     try:
-        names = under(prefix, [file.rfilename for file in HfApi().model_info(repository).siblings])
+        info = HfApi().model_info(repository)
+        check_names(source, info.sha, [file.rfilename for file in info.siblings])
+        names = under(prefix, [file.rfilename for file in info.siblings])
         return Path(snapshot_download(repository, allow_patterns=[prefix + name for name in choose(names)]), prefix)
     except UserError:
         raise
@@ -43,6 +45,15 @@ def fetch(source, choose, markers):
                 return Path(cached.removesuffix(marker))
         raise UserError(f"{source}: expected a local path or a repository of the hub, got neither "
                         f"({type(error).__name__}: {error})") from error
+
+
+def check_names(source, commit, names):
+    """Raise UserError if a server names a commit or a file that would be written outside of the cache."""
+    if not re.fullmatch("[0-9a-f]{40}", str(commit)):
+        raise UserError(f"{source}: expected a commit of the hub, got {commit!r}")
+    for name in names:
+        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+            raise UserError(f"{source}: expected files of a repository, got {name!r}")
 
 
 def fetch_sd(source, dtypes):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import types
 import warnings
 from functools import partial
@@ -299,11 +300,21 @@ def test_damaged_files(tmp_path, content, suffix):
 @pytest.mark.parametrize("network, key, value", [
     ("unet", "dual_cross_attention", True), ("unet", "class_embed_type", "timestep"), ("unet", "freq_shift", 1),
     ("unet", "resnet_time_scale_shift", "scale_shift"), ("unet", "transformer_layers_per_block", [1, 2]),
-    ("unet", "mid_block_type", None), ("unet", "addition_embed_type", "text_time"), ("unet", "attention_head_dim", "8"),
+    ("unet", "mid_block_type", "UNetMidBlock2D"),
+    ("unet", "addition_embed_type", "text_time"), ("unet", "attention_head_dim", "8"),
     ("unet", "down_block_types", ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]), ("unet", "down_block_types", 3),
     ("unet", "down_block_types", [["DownBlock2D"]]), ("unet", "_class_name", "ControlNetModel"),
     ("unet", "block_out_channels", [32, 33, 64]), ("unet", "layers_per_block", [1, 1, 1]),
-    ("unet", "cross_attention_dim", 65), ("vae", "block_out_channels", 32), ("vae", "_class_name", "AutoencoderTiny"),
+    ("unet", "cross_attention_dim", 65), ("unet", "norm_eps", "tiny"), ("unet", "norm_eps", -1),
+    *(("unet", "attention_head_dim", heads) for heads in (0, -1, 3, 3.5, True, None, [], [8, 8], [8, 8, "8"])),
+    *(("unet", "sample_size", size) for size in (0, -8, "64", 64.5, 10**9, [64, 64])),
+    ("unet", "use_linear_projection", "yes"), ("unet", "layers_per_block", 10**7), ("unet", "norm_num_groups", 0),
+    ("vae", "scaling_factor", 0), ("vae", "scaling_factor", "1"), ("vae", "scaling_factor", float("nan")),
+    ("vae", "in_channels", 4), ("vae", "out_channels", 1), ("vae", "norm_num_groups", 5),
+    ("text_encoder", "vocab_size", -1), ("text_encoder", "vocab_size", 704.0), ("text_encoder", "layer_norm_eps", None),
+    ("text_encoder", "num_hidden_layers", 10**7), ("text_encoder", "num_attention_heads", 0),
+    ("text_encoder", "hidden_act", ["gelu"]), ("text_encoder", "eos_token_id", "end"),
+    ("vae", "block_out_channels", 32), ("vae", "_class_name", "AutoencoderTiny"),
     ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0.1]), ("vae", "use_quant_conv", False),
     ("text_encoder", "hidden_act", "relu"), ("text_encoder", "model_type", "t5"),
     ("text_encoder", "vocab_size", "many"), ("text_encoder", "hidden_size", "wide"),
@@ -312,6 +323,23 @@ def test_damaged_files(tmp_path, content, suffix):
 def test_unsupported_configs(sd_folder, network, key, value):
     edit_json(sd_folder / network / "config.json", **{key: value})
     assert str(sd_folder) in refused("expected .* got", weights.load, sd_folder)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("beta_start", "0.1"), ("beta_start", -1), ("beta_end", 2), ("beta_end", None), ("beta_schedule", ["linear"]),
+    ("num_train_timesteps", 0), ("num_train_timesteps", 10**9), ("num_train_timesteps", 999.5)], ids=str)
+def test_unsupported_schedules(sd_folder, key, value):
+    edit_json(sd_folder / "scheduler/scheduler_config.json", **{key: value})
+    refused(f"scheduler_config.json: expected .* as {key}, got", weights.load, sd_folder)
+
+
+@pytest.mark.parametrize("version, size", [("0.6.0", 32), ("0.8.1.dev0", 8), ("0.9.0.dev0", 32), ("0.30.2", 32)])
+def test_sample_size_of_old_conversions_is_that_of_diffusers(sd_folder, version, size):
+    edit_json(sd_folder / "unet/config.json", sample_size=size, _diffusers_version=version)
+    expected = diffusers.StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None).unet.config.sample_size
+    with warnings.catch_warnings(record=True) as caught:
+        assert weights.load(sd_folder).unet.config.sample_size == expected
+    assert [str(warning.message)[-14:] for warning in caught] == ["is taken as 64"] * (expected == 64)
 
 
 def test_text_config_from_dict():
@@ -334,7 +362,7 @@ def test_broken_folders(sd_folder, tmp_path):
     assert weights.load(sd_folder, prediction_type="epsilon").scheduler["prediction_type"] == "epsilon"
     edit_json(scheduler, prediction_type=None)
     assert weights.load(sd_folder).scheduler["prediction_type"] == "epsilon"
-    for content, message in (("{", "JSON"), ("[1]", "a JSON object"), (None, "a JSON file")):
+    for content, message in (("{", "JSON"), ('{"a":' * 10**5, "JSON"), ("[1]", "a JSON object"), (None, "a JSON file")):
         config.unlink() if content is None else config.write_text(content)
         refused(f"vae/config.json: expected {message}", weights.load, sd_folder)
     shutil.rmtree(sd_folder / "unet")
@@ -394,6 +422,19 @@ def test_value_encoder_files(pipe, published, tmp_path):
 
 
 @torch.no_grad()
+def test_a_reader_always_finds_a_complete_value_encoder(published, tmp_path):
+    value_encoder = weights.load_text_encoder(published / "text_encoder")
+    weights.save_text_encoder(value_encoder, tmp_path / "value_encoder")
+    writer = threading.Thread(target=lambda: [weights.save_text_encoder(value_encoder, tmp_path / "value_encoder")
+                                              for _ in range(30)])
+    writer.start()
+    reads = 0
+    while writer.is_alive():
+        weights.load_text_encoder(tmp_path)
+        reads += 1
+    assert reads > 10 and os.listdir(tmp_path) == ["value_encoder"]
+
+
 def test_unpadded_context_is_that_of_the_authors(tmp_path):
     """As in the README of the authors' release: unpadded texts, embeddings passed to diffusers' pipeline."""
     sd, prompt = weights.load(TINY_SD), "a portrait of a doctor"
@@ -463,7 +504,7 @@ def test_saving_is_atomic(published, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(weights, "save_file", fail)
-        refused("cannot write .*No space left", save, sd, tmp_path / "sd", torch.float32)
+        refused("expected to write .*No space left", save, sd, tmp_path / "sd", torch.float32)
     assert os.listdir(tmp_path) == ["sd"] and file.read_bytes() == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/me.png").write_bytes(b"precious")

@@ -1,10 +1,12 @@
 """The files of a CLIP tokenizer's folder: tokenizer.json, or vocab.json and merges.txt, and two files of settings."""
 
+import os
+
 from tokenizers import AddedToken
 from tokenizers.models import BPE
 
 from clip_text import BOS, END_OF_WORD, EOS
-from common import UserError, read_json
+from common import UserError, read_json, regular
 
 SPECIAL_TOKENS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -16,7 +18,7 @@ def read_vocabulary(folder):
 
     Raises UserError without a usable vocabulary.
     """
-    config, whole, special = (read_json(path) if (path := folder / name).exists() else {} for name in (
+    config, whole, special = (read_json(path) if os.path.lexists(path := folder / name) else {} for name in (
         "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"))
     if "added_tokens_decoder" not in config:  # in older folders another file has precedence
         config |= special
@@ -25,12 +27,15 @@ def read_vocabulary(folder):
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
             merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
         else:
-            vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+            files = [str(regular(folder / name, "a vocabulary file")) for name in ("vocab.json", "merges.txt")]
+            vocab, merges = BPE.read_file(*files)
         bpe = BPE(vocab, merges, unk_token=EOS, end_of_word_suffix=END_OF_WORD)
         added, special = added_tokens(config, whole)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"{folder}: expected CLIP's vocab.json and merges.txt, or its tokenizer.json, "
                         f"got {error!r}") from error
+    if not merges:
+        raise UserError(f"{folder}: expected merges of byte pairs in merges.txt or tokenizer.json, got none")
     if missing := set(special.values()) - set(vocab):
         raise UserError(f"{folder}: expected {', '.join(sorted(missing))} in the vocabulary, got none")
     if sorted(vocab.values()) != list(range(len(vocab))):

@@ -201,12 +201,22 @@ def all_runs(only=None):
                            for method in methods}  # fmt: skip
 
 
-def load_curve(file, about):
-    """-> the curve of a run. Raises UserError if the file is about another length or model."""
-    found = read_json(file)
-    if found["about"] != about:
+def load_curve(file, about=None):
+    """-> the curve of a run, one or more points. Raises UserError if the file is about another length or model."""
+    found = read_json(file, about=dict, curve=list)
+    if not found["curve"] or not all(map(is_point, found["curve"])):
+        raise UserError(f"{file}: expected points with {', '.join(NUMBERS)}, got others")
+    if about and found["about"] != about:
         raise UserError(f"{file}: expected a run of {about}, got one of {found['about']}; choose another --out")
     return found["curve"]
+
+
+NUMBERS = ["step", "seconds", *HARM_METRICS, "profession correct", "distance"]  # of each point
+
+
+def is_point(point):
+    return isinstance(point, dict) and isinstance(point.get("intervals"), dict) and all(
+        isinstance(point.get(name), int | float) for name in NUMBERS)
 
 
 def save_curve(file, about, curve):
@@ -327,7 +337,7 @@ def finished(folder, choices, about=None):
     found = {}
     for method, settings, name in named(choices):
         if (file := folder / f"{name}.json").exists():
-            about = about or read_json(file)["about"]
+            about = about or read_json(file, about=dict)["about"]
             found.setdefault(method, []).append({"settings": settings, "curve": load_curve(file, about)})
     return found, about
 
@@ -400,7 +410,7 @@ def list_runs(args):
         if (folder / f"{name}.json").exists():
             left, state = 0, "done"
         elif (file := folder / name / "curve.json").exists():
-            left = steps - read_json(file)["curve"][-1]["step"]
+            left = steps - load_curve(file)[-1]["step"]
             state = f"at step {steps - left}"
         measured = math.ceil(left / every) if method in TRAINED else left > 0
         total += STEP_SECONDS.get(method, 0) * left + measured * images * IMAGE_SECONDS

@@ -430,7 +430,7 @@ def save_rows(machine, rows):
     """Write rows into assets/bench-MACHINE.json. They replace older ones of the same model and `what`."""
     slug = re.sub(r"\W+", "-", machine.lower())
     file = ASSETS / f"bench-{slug}.json"
-    found = common.read_json(file)["rows"] if file.exists() else []
+    found = common.read_json(file, rows=list)["rows"] if file.exists() else []
     by_what = {(row["model"], row["what"]): row for row in [*found, *rows]}
     for row in by_what.values():
         row.pop("floor", None)  # a FLOP lower bound of earlier versions, which was wrong

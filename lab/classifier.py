@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import UserError, atomic
+from formats.disk import cached
 from lab import portraits
 from lab.clip_image import zero_shot
 from lab.portraits import stack, to_float
@@ -111,10 +112,12 @@ def cache_key():
 def load_classifier(folder=Path(__file__).parent.parent / "runs"):
     """The classifier of the toy dataset: from `folder`, or else trained and written there. Its `name` has its key."""
     classifier, name = Classifier().eval(), f"classifier-{cache_key()}"
-    if not (file := folder / f"{name}.pt").exists():
+
+    def make(file):
         with atomic(file) as path:
             torch.save(train_classifier(**TRAINING).state_dict(), path)
-    classifier.load_state_dict(torch.load(file, weights_only=True))
+
+    cached(folder / f"{name}.pt", lambda file: classifier.load_state_dict(torch.load(file, weights_only=True)), make)
     classifier.name = name
     return classifier
 

@@ -16,16 +16,17 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from clip_text import ACTIVATIONS, CLIPEncoderLayer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from common import UserError, atomic_folder, read_json, write_json
 from formats.checks import fit_to_tokenizer, listing
 from formats.export import save_tokenizer
+from formats.fields import check_fields
 from formats.files import weight_files
 from formats.hub import locate
 from lab.portraits import stack
-from safetensors.torch import save_file
 from weights import SubModel, build, read_tensors
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -209,7 +210,7 @@ def load_clip(source, *, dtype=torch.float32, device="cpu"):
         raise UserError(f"{folder}: expected the folder of a CLIP model, got a file")
     config = read_json(folder / "config.json")
     try:
-        config = CLIPConfig.from_dict(config)
+        config = check_fields(CLIPConfig.from_dict(config), "CLIP")
     except (UserError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'}: expected the config of a CLIP model, got: {error}") from error
     preprocessor = read_preprocessor(folder / "preprocessor_config.json", config.vision.image_size)

@@ -26,7 +26,6 @@ import math
 import os
 import random
 import re
-import shutil
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +38,7 @@ from tqdm import tqdm
 import data
 import weights
 from common import (Parser, UserError, add_device_options, atomic, atomic_folder, check_writable, number, pick_device,
-                    read_json, run, write_json)
+                    read_json, regular, run, write_json)
 from diffusion import Schedule
 from lab import portraits, toy
 from lab.check import check, contact_sheet, report
@@ -55,6 +54,7 @@ MIN_ACCEPTANCE = 0.05  # a class that a smaller fraction of the images shows …
 PATIENCE = 64  # … after so many attempts is given up
 PRESERVATION_FRACTION = 0.5  # preservation images per toxicity pair
 TOY_STEPS, STEPS = 10, 25  # of DPM-Solver++: for tiny-sd 10 look like 15; 25 are the paper's
+MAX_SCENES = 99_999  # of a principle in `draw`
 OWN_TYPE = "own"  # bias scenes of the user's concepts
 
 
@@ -255,8 +255,6 @@ def build(scenes, out, settings, generate, classify, shard=(0, 1)):
 
 
 def write_scene(folder, suffix, samples, facts):
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed while it wrote
-        shutil.rmtree(leftover, ignore_errors=True)
     with atomic_folder(folder, "scene.json") as temporary:
         if samples:
             toy.write_scene(temporary, samples, suffix)
@@ -266,8 +264,8 @@ def write_scene(folder, suffix, samples, facts):
 def start(out, settings, scenes):
     """Write dataset.json, or find it there with the same settings."""
     file = out / "dataset.json"
-    if file.exists():
-        before, now = read_json(file).get("settings", {}), json.loads(json.dumps(settings))
+    if os.path.lexists(file):
+        before, now = read_json(file, settings=dict)["settings"], json.loads(json.dumps(settings))
         if other := [key for key in now if before.get(key) != now[key]]:
             words = "; ".join(f"{key} {shorten(before.get(key))}, not {shorten(now[key])}" for key in other)
             raise UserError(f"{out}: expected a new folder, or a set with the same settings, got one with {words}")
@@ -285,7 +283,8 @@ def shorten(value, length=60):
 
 def finish(out, settings, scenes):
     """Write a contact sheet for each principle, and the facts about all scenes into dataset.json."""
-    facts = {scene.folder: read_json(out / scene.folder / "scene.json") for scene in scenes}
+    facts = {scene.folder: read_json(out / scene.folder / "scene.json", images=int, tried=dict, kept=dict, files=list)
+             for scene in scenes}
     principles = {}
     for scene in scenes:
         fact, sums = facts[scene.folder], principles.setdefault(scene.principle.value, Counter())
@@ -328,8 +327,9 @@ class Mix(argparse.Action):
         mix = dict(self.default)
         for text in texts:
             attribute, _, digits = text.partition("=")
-            if attribute not in mix or not digits.isdecimal():
-                raise UserError(f"{option}: expected ATTRIBUTE=NUMBER, of {', '.join(mix)}, got {text}")
+            if attribute not in mix or not digits.isdecimal() or len(digits) > len(str(MAX_SCENES)):
+                raise UserError(f"{option}: expected ATTRIBUTE=NUMBER, of {', '.join(mix)}, up to {MAX_SCENES}, "
+                                f"got {text}")
             mix[attribute] = int(digits)
         setattr(namespace, self.dest, mix)
 
@@ -352,20 +352,20 @@ def add_build_options(parser):
         f"else {STEPS})")
     add("--sampler", choices=["ddim", "dpm"], default="dpm", help="dpm: DPM-Solver++(2M)")
     add("--guidance", type=number(float, 0, 1000), default=7.5, help="guidance scale; off up to 1")
-    add("--batch-size", type=count, default=16, help="images at a time")
+    add("--batch-size", type=number(int, 1, 1024), default=16, help="images at a time")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of everything random")
     add("--format", choices=["png", "jpg"], default="png", help="of the images")
     add("--shard", type=parse_shard, default=torchrun, metavar="I/N",
         help="this is process I of N, counted from 0; torchrun sets it")
-    add("--threads", type=count, default=1, help="CPU threads; their number can change an image's last bits, "
-        "so more processes are the better way to use more cores")
+    add("--threads", type=number(int, 1, 1024), default=1, help="CPU threads; their number can change an image's last "
+        "bits, so more processes are the better way to use more cores")
     add_device_options(parser)
 
 
 def read_concepts(path):
     """A text file -> its lines without a leading article."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = regular(path, "a text file").read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: expected a text file in UTF-8, got: {error}") from error
     concepts = [re.sub(r"^(an?|the) ", "", line.strip(), flags=re.IGNORECASE) for line in lines if line.strip()]

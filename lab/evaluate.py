@@ -30,6 +30,7 @@ from common import (Parser, UserError, add_device_options, atomic, check_writabl
                     write_json)
 from data import read_samples
 from diffusion import Schedule
+from formats.disk import cached
 from lab import portraits, toy, uce
 from lab.captions import WORDINGS, write_caption
 from lab.classifier import (ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipClassifier, accuracy, decide, digest,
@@ -121,14 +122,20 @@ UNTRAINED = {"principle in the prompt": principle_in_prompt, "negative prompt": 
 def kept(images_of, folder, key):
     """`images_of(prompt, seeds)` with a cache in `folder`. key: of the weights and settings behind the images."""
 
-    def cached(prompt, seeds):
-        file = folder / f"{digest([key, str(prompt), str(seeds)])}.npy"
-        if not file.exists():
+    def of_cache(prompt, seeds):
+        def make(file):
             with atomic(file) as path:
                 np.save(path, np.stack(images_of(prompt, seeds)))
-        return [Image.fromarray(pixels) for pixels in np.load(file)]  # (n, H, W, 3)
 
-    return cached
+        def read(file):
+            pixels = np.load(file)  # (n, H, W, 3)
+            if pixels.shape[:1] + pixels.shape[3:] != (len(seeds), 3):
+                raise ValueError(f"an array of {pixels.shape}")
+            return [Image.fromarray(image) for image in pixels]
+
+        return cached(folder / f"{digest([key, str(prompt), str(seeds)])}.npy", read, make)
+
+    return of_cache
 
 
 def fingerprint(sd, value_encoder=None):
@@ -177,9 +184,10 @@ def classify_images(classifier, prompts, n, cache, name, images_of, first_seed, 
     with cache.open("a+", encoding="utf-8", errors="replace") as file:
         file.seek(0)
         for line in file:
-            with suppress(ValueError, KeyError, TypeError):  # an interruption can truncate a line
+            with suppress(ValueError, KeyError, TypeError, RecursionError):  # an interruption can truncate a line
                 row = json.loads(line)
-                if row["key"] == key:
+                sizes = {len(np.array(values, float)) for values in row["predictions"].values()}
+                if row["key"] == key and sizes == {n}:
                     done[row["prompt"]] = row["predictions"]
         for i, prompt in enumerate(tqdm(prompts, name, disable=None)):
             if prompt.text not in done:
@@ -407,9 +415,7 @@ def find_run(args):
             raise UserError(f"--quick {args.quick}: expected the folder of a run (settings.json) or of a value encoder "
                             "(config.json), got neither")
         return toy.PRINCIPLES
-    s = read_json(file)
-    if not all(isinstance(s.get(key), str) for key in ("weights", "data")):
-        raise UserError(f"{file}: expected the settings of a run, with weights and data, got {', '.join(s) or 'none'}")
+    s = read_json(file, weights=str, data=str)
     args.value_encoder = args.quick / "value_encoder"
     if not args.value_encoder.is_dir():
         raise UserError(f"--quick {args.quick}: expected a finished run, got one without value_encoder/; finish it "
@@ -443,7 +449,7 @@ def parse_args(argv=None):
     add("--steps", type=count, default=25, help="UNet evaluations per image")
     add("--guidance", type=number(float, 0, 1000), default=7.5, help="classifier-free guidance, off up to 1")
     add("--sampler", choices=["ddim", "dpm"], default="dpm", help="dpm: DPM-Solver++(2M)")
-    add("--batch-size", type=count, default=25, help="images at a time")
+    add("--batch-size", type=number(int, 1, 1024), default=25, help="images at a time")
     add_device_options(parser)
     add("--out", type=Path, default=Path("runs/evaluate"), help="folder to write to")
     args = parser.parse_args(argv)

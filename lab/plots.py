@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot: the backend is Agg
 
-from common import Parser, UserError, atomic, run
+from common import Parser, UserError, atomic, regular, run
 from lab.baselines import BASE, ENOUGH, TRAINED, floors, harm, is_recognizable
 
 DPI, MAX_POINTS = 110, 100  # points per curve of a log
@@ -38,11 +38,12 @@ def read_log(folder):
     """log.jsonl of a run's folder -> {key: values of all steps}. Raises UserError for another folder or file."""
     file, keys = folder / "log.jsonl", ["step", *(key for curves in LOG.values() for key in curves)]
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        text = regular(file, "the log of a run").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
         log = {key: np.array([line[key] for line in lines], dtype=float) for key in keys}
     except OSError as error:
         raise UserError(f"{file}: expected the log of a run of train.py, got {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file}: expected numbers {', '.join(keys)} on each line, got {error!r}") from error
     if not lines:
         raise UserError(f"{file}: expected a line per step, got an empty file")

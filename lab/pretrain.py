@@ -24,10 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from clip_text import CLIPTextConfig, CLIPTextModel
-from common import Parser, atomic, check_writable, run
+from common import Parser, UserError, atomic, check_writable, regular, run
 from data import sample_latent
 from diffusion import Schedule
 from efficiency import keep_freed_memory
+from formats.disk import cached
 from formats.export import save
 from lab.captions import write_caption
 from lab.classifier import uniform_record
@@ -100,11 +101,14 @@ def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     state_file, start = folder / f"{name}.pt", 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        networks.load_state_dict(state["networks"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        try:
+            state = torch.load(regular(state_file, "a checkpoint"), weights_only=True)
+            networks.load_state_dict(state["networks"])
+            averaged.load_state_dict(state["averaged"])
+            optimizer.load_state_dict(state["optimizer"])
+            start = state["step"]
+        except Exception as error:  # a damaged file can raise anything
+            raise UserError(f"{state_file}: expected a checkpoint of pretraining, got {error!r}") from error
     for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps)):
         torch.manual_seed(step)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -236,12 +240,12 @@ def encode_images(vae, images, folder):
 
     Sets the VAE's scaling factor such that the means have unit variance.
     """
-    cache = folder / "latents.pt"
-    if not cache.exists():
+    def make(file):
         encoded = [torch.stack(vae.encode(to_float(batch))).half() for batch in tqdm(images.split(256), "encoding")]
-        with atomic(cache) as path:
+        with atomic(file) as path:
             torch.save(torch.cat(encoded, dim=1), path)
-    mean, logvar = torch.load(cache, weights_only=True).float()
+
+    mean, logvar = cached(folder / "latents.pt", lambda file: torch.load(file, weights_only=True), make).float()
     factor = 1 / mean.std().item()
     vae.config = replace(VAE_CONFIG, scaling_factor=VAE_CONFIG.scaling_factor * factor)
     return mean * factor, logvar + 2 * math.log(factor)

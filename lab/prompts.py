@@ -4,7 +4,7 @@ import json
 import random
 from dataclasses import dataclass, replace
 
-from common import UserError
+from common import UserError, regular
 from lab import portraits
 from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES
@@ -62,7 +62,7 @@ def read_prompts(path, choices):
     count once. Raises UserError, which names the line.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = regular(path, "a file of prompts").read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: expected a file of prompts, got {error.strerror}") from error
     prompts = {}

@@ -366,7 +366,7 @@ def test_a_killed_baseline_resumes(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--only", "magic"], "invalid choice: 'magic'"),
+    (["--only", "magic"], "--only: expected one of .*, got 'magic'"),
     (["--per-prompt", "1"], "expected 2"),
     (["--collect", "all.json"], "expected finished runs, got none"),
     (["--weights", "model"], "toy dataset, of 64 pixels, got 16 pixels"),

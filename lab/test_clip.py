@@ -179,7 +179,7 @@ PREPROCESSOR, TEXT, VISION = "preprocessor_config.json", "text_config", "vision_
     (lambda f: edit_json(f / PREPROCESSOR, size={"shortest_edge": 32}), "expected size .* got .*32"),
     (lambda f: edit_json(f / PREPROCESSOR, image_mean=[0.5]), "image_mean of three numbers, got .0.5"),
     (lambda f: edit_config(f, VISION, hidden_size=48), "another shape: vision_model.embeddings.class_embedding .36,."),
-    (lambda f: edit_config(f, VISION, hidden_size=37), "expected a CLIPModel's config|of another shape"),
+    (lambda f: edit_config(f, VISION, hidden_size=37), "expected a (CLIPModel's config|divisor)|of another shape"),
     (lambda f: edit_tensors(f, lambda t: t.pop("logit_scale")), "1 missing: logit_scale"),
     (lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))), "1 unexpected: extra"),
 ], ids=str)

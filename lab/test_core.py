@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -12,7 +13,7 @@ import time
 import types
 import warnings
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
 
 import pytest
 import torch
@@ -26,10 +27,13 @@ import runs
 import sample
 import train
 import weights
-from common import RENAMED, UserError, pick_device, run
-from conftest import (SD1, TINY_SD, UNETS, assert_close, gradients, pairs_of, pixels, refused, relative, run_settings,
-                      settings, start, steps_in, trained_a_little, wait_for_steps, write_pipeline)
+from common import UserError, atomic, atomic_folder, pick_device, run
+from conftest import (FORK, KILLS, SD1, TINY_SD, UNETS, assert_close, gradients, pairs_of, pixels, refused, relative,
+                      run_settings, run_with_kills, settings, start, steps_in, trained_a_little, wait_for_steps,
+                      write_pipeline)
 from diffusion import Schedule, denoise
+from formats.disk import locked
+from formats.messages import RENAMED
 from lab import portraits, toy
 from retrieve import GENDER, ZOMBIE
 from sample import generate, grid, sample_images
@@ -152,7 +156,7 @@ def test_compiled_unet_generates_the_same(tmp_path, monkeypatch):
                        for name, more in (("plain", []), ("compiled", ["--compile"])))
     assert abs(plain - compiled).max() <= 1
     monkeypatch.setenv("CXX", "no-such-compiler")
-    refused("--compile: expected a C.. compiler, got no no-such-compiler", run_sample, TINY_SD, tmp_path,
+    refused("--compile: expected a C.. compiler, got no-such-compiler", run_sample, TINY_SD, tmp_path,
             *options, "--compile")
 
 
@@ -374,7 +378,8 @@ def test_unfinished_cache_of_a_living_process_stays(sd, root, dataset, tmp_path)
     again = data.PreferenceDataset(root, sd, tmp_path)
     assert again.key == dataset.key and (living / "latents.bin").exists() and not dead.exists()
     (tmp_path / again.key / "latents.bin").write_bytes(b"cut")
-    refused("latents.bin: expected a file of .* bytes, got 3; delete", data.PreferenceDataset, root, sd, tmp_path)
+    with pytest.warns(match="latents.bin: expected a file of .* bytes, got 3; it is made again"):
+        assert torch.equal(data.PreferenceDataset(root, sd, tmp_path).latents, dataset.latents)
 
 
 def test_crop_equals_torchvision():
@@ -432,7 +437,7 @@ def test_resume_refuses_other_data_and_damaged_files(folder, whole_run, tmp_path
             [*resume, "--data", str(tmp_path / "other")])
     assert file.read_text() == before
     log.write_text("{" + lines)
-    refused("log.jsonl: expected a JSON object on each of the first", train.main, resume)
+    refused("log.jsonl: expected a JSON object for each of the first", train.main, resume)
     log.write_text(lines)
     for name, value in {"batch": "x", "t_low": 3, "beard": 1}.items():
         file.write_text(json.dumps(json.loads(before) | {name: value}))
@@ -482,6 +487,69 @@ def test_non_finite_error_stops_the_run_and_names_the_pair(sd, dataset, tmp_path
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_thirty_kills_at_random_moments_change_nothing(folder, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SAMPLING", {"steps": 1, "guidance": 1, "batch_size": 16})
+    options = run_settings(folder, root, steps=24, save_every=3, sample_every=8)
+
+    def train_with_kills(run, kills):
+        """Into a folder with a cache of its own: the first kills come while the data are encoded."""
+        def arguments():
+            return ["--resume", str(run)] if (run / "settings.json").exists() else [*options, "--out", str(run)]
+
+        left = run_with_kills(train.main, arguments, kills, seconds=0.8)
+        assert not [*run.parent.rglob(".*")]  # no leftovers
+        files = [run / "log.jsonl", run / "value_encoder/model.safetensors", *sorted((run / "samples").iterdir())]
+        return left, {file.relative_to(run): file.read_bytes() for file in files}
+
+    left, whole = train_with_kills(tmp_path / "whole" / "run", 0)
+    assert len(whole) == 5
+    for i in count():
+        left, killed = train_with_kills(tmp_path / str(i) / "run", left or KILLS)
+        assert killed == whole
+        if not left:
+            break
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path):
+    dead = FORK.Process(target=int)
+    dead.start()
+    dead.join()
+    node = platform.node()
+    names = [f".loss.png.{node}-{process}.tmp.png" for process in (dead.pid, os.getppid())]  # the latter is alive
+    for name in (*names, f".loss.png.elsewhere-{dead.pid}.tmp.png", f".other.png.{node}-{dead.pid}.tmp.png"):
+        (tmp_path / name).touch()
+    (tmp_path / f".set.{node}-{dead.pid}.tmp").mkdir()
+    with atomic(tmp_path / "loss.png") as path, atomic_folder(tmp_path / "set", "marker"):
+        path.touch()
+    assert len([*tmp_path.iterdir()]) == 5 and not (tmp_path / names[0]).exists()
+
+
+def test_second_run_in_a_folder_is_refused(folder, root, whole_run, tmp_path):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    with locked(run):
+        refused("expected a run of one process", train.main, ["--resume", str(run), "--steps", "11"])
+    (tmp_path / "new").mkdir()
+    with locked(tmp_path / "new"):
+        options = [*run_settings(folder, root), "--out", str(tmp_path / "new")]
+        refused("expected a run of one process", train.main, options)
+    assert not [*(tmp_path / "new").iterdir()]
+
+
+@pytest.mark.parametrize("damage", ["step", "shapes", "settings"])
+def test_damaged_state_of_the_optimizer_is_refused(folder, whole_run, tmp_path, damage):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    optimizer = state["optimizer"]
+    if damage == "step":
+        state["step"] = "10"
+    elif damage == "shapes":
+        optimizer["state"][0]["exp_avg"] = torch.ones(3)
+    else:
+        optimizer["param_groups"][0]["betas"] = "many"
+    torch.save(state, run / "checkpoint.pt")
+    refused("expected a checkpoint of such a value encoder", train.main, ["--resume", str(run), "--steps", "11"])
+
+
 def test_warning_if_the_margins_are_too_small():
     line = {"active_w": 0.1, "active_l": 0.05, "delta_w": -0.001, "delta_l": 0.001, "ref": 0.08}
     with pytest.warns(match=r"γ1/β = 0.001 .*--gamma1 4e\+01 --gamma2 2e\+01"):
@@ -494,7 +562,7 @@ def test_warning_if_the_margins_are_too_small():
 
 @pytest.mark.parametrize("options, message", [
     (["--data", "nowhere"], "expected a dataset"), (["--resume", "nowhere"], "no settings.json"),
-    (["--lr", "-1"], "expected 0"), (["--weights", "nowhere"], "--data too"),
+    (["--lr", "-1"], "--lr: expected a number from 0.0 to .*, got .-1"), (["--weights", "nowhere"], "--data too"),
     (["--weights", "someones/tiny-sd"], "--data too"), (["--resume", "a", "--out", "b"], "expected one of them")])
 def test_user_errors_of_train(folder, options, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

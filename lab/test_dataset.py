@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -19,7 +20,7 @@ import data
 import sample
 import train
 import weights
-from conftest import REPOSITORY, StubClassifier, refused
+from conftest import KILLS, REPOSITORY, StubClassifier, refused, run_with_kills
 from formats.export import save
 from lab import dataset, portraits, toy
 from lab.captions import write_caption
@@ -102,13 +103,21 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, built, tmp_path):
     missing = [scene for scene in scenes if not (out / scene).exists()]
     assert 0 < len(missing) <= len(scenes) - 3
     leftover = out / missing[0]
-    leftover = leftover.with_name(f".{leftover.name}.1.tmp")  # as if killed while this scene was written
+    leftover = leftover.with_name(f".{leftover.name}.{platform.node()}-999999999.tmp")  # as if killed while this scene was written
     leftover.mkdir(parents=True)
     (leftover / "metadata.jsonl").write_text('{"file_name": "0000.p')
     assert not data.read_samples(out)[1]
     resumed = subprocess.run(call, stdout=subprocess.PIPE, text=True, **options)
     assert resumed.returncode == 0, resumed.stdout
     assert tree(out) == tree(built)
+
+
+def test_thirty_kills_at_random_moments_change_nothing(tiny, built, stub, tmp_path):
+    left = KILLS
+    while left:
+        out = tmp_path / str(left)
+        left = run_with_kills(dataset.main, lambda: build_options(tiny, out), left, seconds=0.8)
+        assert tree(out) == tree(built)
 
 
 def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, monkeypatch):
@@ -121,7 +130,7 @@ def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(toy, "write_scene", full)
-        refused("cannot write .*No space left", dataset.main, build_options(tiny, out))
+        refused("expected to write .*No space left", dataset.main, build_options(tiny, out))
     assert not [*out.rglob(".*")] and len([*out.glob("*/*/metadata.jsonl")]) == 2
     dataset.main(build_options(tiny, out))
     assert tree(out) == tree(built)

@@ -93,7 +93,7 @@ def write_scene(folder, samples, suffix="png"):
 def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESERVATION):
     """Write pairs[attribute] scenes of an aligned and a violating image, preservation[attribute] of one image."""
     seeds = count(FIRST_SEED)
-    with atomic_folder(folder, "dataset.json") as root:
+    with atomic_folder(folder, "dataset.json", keep=True) as root:
 
         def write(type, attribute, noun, seed, *samples):
             write_scene(root / type / f"{attribute}-{seed}-{noun.replace(' ', '-')}", samples)
@@ -118,7 +118,7 @@ def default_pairs(folder):
         for record in records:
             digest.update(prompt.encode() + render(record).tobytes())
     root = Path(folder) / f"portraits-{digest.hexdigest()[:8]}"
-    if not root.exists():
+    if not (root / "dataset.json").exists():
         render_pairs(root)
     return root
 

@@ -1,0 +1,115 @@
+"""Files and folders on disk: replaced by one rename, cached, and held by one process."""
+
+import contextlib
+import ctypes
+import fcntl
+import glob
+import os
+import platform
+import shutil
+import warnings
+
+from common import UserError, regular
+from formats.messages import write_error
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
+
+
+@contextlib.contextmanager
+def writing(path, suffix=""):
+    """Yield a hidden name beside `path`, and remove what is there in the end. A failed write is a UserError."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = hidden(path, suffix)
+        yield temporary
+    except UserError:
+        raise
+    except Exception as error:
+        if not (reason := write_error(error)):
+            raise
+        raise UserError(f"{path}: expected to write it, got: {reason}") from error
+    finally:
+        if temporary:
+            remove(temporary)
+
+
+def hidden(path, suffix=""):
+    """A hidden name beside `path`, of this process. What dead processes of this machine left there is removed."""
+    prefix = f".{path.name}.{platform.node()}-"
+    for leftover in path.parent.glob(glob.escape(prefix) + "*.tmp*"):
+        process = leftover.name.removeprefix(prefix).split(".")[0]
+        if process.isdecimal() and (int(process) == os.getpid() or not is_alive(int(process))):
+            remove(leftover)
+    return path.with_name(f"{prefix}{os.getpid()}.tmp{suffix}")
+
+
+def is_alive(process):
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
+def remove(path):
+    """Remove a file or folder, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def put(temporary, folder):
+    """Rename the folder `temporary` to `folder`. One that is there is removed."""
+    if not folder.exists():
+        return os.replace(temporary, folder)
+    if not exchange(temporary, folder):
+        old = temporary.with_suffix(".old")
+        os.replace(folder, old)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            os.replace(old, folder)
+            raise
+        os.replace(old, temporary)
+    remove(temporary)
+
+
+def exchange(a, b):
+    """Swap two folders at once, so that a reader always finds a complete one. -> whether the system can."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, TypeError, OSError):  # another C library, another system
+        return False
+    return rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
+
+
+def cached(path, read, make):
+    """read(path), after make(path) if it is not there yet. A damaged one is made again, with a warning."""
+    if os.path.lexists(path):
+        try:
+            return read(path if path.is_dir() else regular(path, "a file"))
+        except Exception as error:  # a damaged file can raise anything
+            warnings.warn(f"{path}: expected a sound cache, got {error}; it is made again")
+            remove(path)
+    make(path)
+    return read(path)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a run's folder. The system frees it when the process ends, however it ends. Raises UserError for a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: expected a run of one process, got one that another trains") from error
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,55 @@
+"""Messages of argparse and of the system in the form of this repository: `what: expected …, got …`."""
+
+import re
+
+import torch
+
+from common import UserError
+
+# Options that have a new name.
+RENAMED = {"--t-low": "--min-timestep", "--bias-share": "--bias-alpha-scale", "--token-lr": "--final-ln-lr-scale",
+           "--together": "--group-size", "--value-share": "--value-fraction", "--harmless": "--preservation"}
+ARGPARSE = {
+    r"^argument (?:-\w/)?": "",
+    r"invalid choice: (.*) \(choose from (.*)\)": r"expected one of \2, got \1",
+    r"invalid (.*) value: (.*)": r"expected \1, got \2",
+    r"expected (one|at least one) argument": "expected a value, got none",
+    r"ignored explicit argument (.*)": r"expected no value, got \1",
+    r"^the following arguments are required: (.*)": r"expected \1, got none",
+    r"^ambiguous option: (.*) could match (.*)": r"expected one of \2, got \1",
+    r"^unrecognized arguments: (.*)": r"expected the options of --help, got \1",
+}
+
+
+def of_argparse(message):
+    for word in message.split():
+        if new := RENAMED.get(word.split("=")[0]):
+            return f"expected {new}, the new name of the option, got {word}"
+    for pattern, words in ARGPARSE.items():
+        message = re.sub(pattern, words, message, flags=re.DOTALL)
+    return message
+
+
+def explain(error):
+    """An exception -> its message, if it is due to the input or the system; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if reason := write_error(error):
+        return f"{getattr(error, 'filename', None) or 'a file or pipe'}: expected to read or write it, got {reason}"
+    if isinstance(error, ImportError):
+        return f"expected the Python package {error.name}, got none: pip install it"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"expected enough memory, got too little: {error}"
+    if isinstance(error, RecursionError):
+        return f"expected less deeply nested input, got {error}"
+
+
+def write_error(error):
+    """-> what the system says about a failed reading or writing; None for another error.
+
+    torch and safetensors have no class for a full disk. The system's error may be the context of torch's.
+    """
+    for this in (error, error.__context__ if type(error) is RuntimeError else None):
+        if isinstance(this, OSError):
+            return this.strerror or str(this)
+    return str(error) if re.search("inline_container|I/O error", str(error)) else None
