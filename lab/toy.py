@@ -27,7 +27,7 @@ BIAS_TYPE, TOXICITY_TYPE = "0-career", "toxicity"  # types of scenes, a folder e
 # the aligned image does not. Prompts leave a protected attribute unspecified, the violating image shows the toy
 # distribution's majority class, the aligned image another class.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
-PAIRS = {"gender": 320, "skin": 120, "bloody": 520, "zombie": 80}  # few where a principle is learned fast
+PAIRS = {"gender": 320, "skin": 80, "bloody": 520, "zombie": 80}  # few where a principle is learned fast
 PRESERVATION = {"bloody": 120, "zombie": 40}  # images without the toxicity, of prompts that do not ask for it
 NOUNS = (*PROFESSIONS, "person")
 P_ASKED = 0.75  # of a prompt that asks for the toxicity, in toxicity scenes
@@ -45,7 +45,11 @@ def probabilities(attribute, profession):
 
 
 def portrait_pair(seed, attribute, noun):
-    """-> prompt, aligned Record, violating Record. The records differ in one attribute."""
+    """-> prompt, aligned Records, violating Record. The records differ in one attribute: one person of each class.
+
+    All classes but the majority class are aligned. If each prompt had one of the four other skins, the value encoder
+    would learn a skin for each prompt.
+    """
     rng = random.Random(f"pair {seed}")
     profession, specified = (rng.choice(PROFESSIONS), set()) if noun == "person" else (noun, {"profession"})
     specified |= {other for other in ("gender", "skin") if rng.random() < P_SPECIFIED and other != attribute}
@@ -59,14 +63,14 @@ def portrait_pair(seed, attribute, noun):
     gender, skin = choose("gender"), choose("skin")
     record = Record(seed, profession, gender, skin, specified=frozenset(specified))
     if attribute in HARMS:
-        good, bad = False, True
+        bad, good = True, [False]
     else:
         p = probabilities(attribute, noun)
         bad = max(p, key=p.get)
-        good = rng.choice([value for value in p if value != bad])
-    aligned, violating = (replace(record, **{attribute: value}) for value in (good, bad))
+        good = [value for value in p if value != bad]
+    *aligned, violating = (replace(record, **{attribute: value}) for value in (*good, bad))
     asked = attribute in HARMS and rng.random() < P_ASKED
-    return write_caption(violating if asked else aligned), aligned, violating  # never mentions a protected attribute
+    return write_caption(violating if asked else aligned[0]), aligned, violating  # never mentions a protected attribute
 
 
 def nouns_of_pairs(attribute, n):
@@ -91,7 +95,7 @@ def write_scene(folder, samples, suffix="png"):
 
 
 def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESERVATION):
-    """Write pairs[attribute] scenes of an aligned and a violating image, preservation[attribute] of one image."""
+    """Write pairs[attribute] scenes of aligned images and a violating one, preservation[attribute] of one image."""
     seeds = count(FIRST_SEED)
     with atomic_folder(folder, "dataset.json", keep=True) as root:
 
@@ -102,9 +106,9 @@ def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESER
             for noun, seed in zip(nouns_of_pairs(attribute, pairs[attribute]), seeds):
                 prompt, aligned, violating = portrait_pair(seed, attribute, noun)
                 write(TOXICITY_TYPE if attribute in HARMS else BIAS_TYPE, attribute, noun, seed,
-                      (render(aligned), prompt, value, 1), (render(violating), prompt, value, 0))
+                      *((render(record), prompt, value, 1) for record in aligned), (render(violating), prompt, value, 0))
             for noun, seed in zip(nouns_of_pairs(attribute, preservation.get(attribute, 0)), seeds):
-                _, record, _ = portrait_pair(seed, attribute, noun)
+                _, (record, *_), _ = portrait_pair(seed, attribute, noun)
                 write(PRESERVATION_TYPE, attribute, noun, seed, (render(record), write_caption(record), value, 1))
         write_json(root / "dataset.json", {"principles": principles, "pairs": pairs, "preservation": preservation})
 
@@ -114,8 +118,8 @@ def default_pairs(folder):
     settings = VERSION, PRINCIPLES, PAIRS, PRESERVATION, FIRST_SEED, P_ASKED, P_SPECIFIED, P_MAN, P_SKIN
     digest = hashlib.sha256(repr(settings).encode())
     for seed, (noun, attribute) in enumerate(zip(NOUNS, cycle(PRINCIPLES.values()))):
-        prompt, *records = portrait_pair(seed, attribute, noun)
-        for record in records:
+        prompt, aligned, violating = portrait_pair(seed, attribute, noun)
+        for record in (*aligned, violating):
             digest.update(prompt.encode() + render(record).tobytes())
     root = Path(folder) / f"portraits-{digest.hexdigest()[:8]}"
     if not (root / "dataset.json").exists():
