@@ -11,12 +11,9 @@ principle should change nothing (`train.reference_errors`). `python -m lab.datas
 
 import functools
 import json
-import math
 import random
 import warnings
-from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate, chain, cycle, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -123,7 +120,6 @@ def is_preservation(sample):
 class PreferenceDataset:
     """The pairs of a dataset folder. len() is the number of aligned images.
 
-    group_size: so many consecutive pairs share principle and type; 1 mixes them all.
     key: a hash of the weights and of the data's content.
 
     The first use encodes all images and prompts into the folder `cache`/`key`, whose files are memory-mapped from then
@@ -131,7 +127,7 @@ class PreferenceDataset:
     Raises UserError as `read_samples` does.
     """
 
-    def __init__(self, root, sd, cache, group_size=1):
+    def __init__(self, root, sd, cache):
         samples, faults = read_samples(root)
         self.key = fingerprint(sd, samples, Path(root).resolve())
         total, prompts = len(samples) + len(faults), unique_prompts(samples)
@@ -160,12 +156,6 @@ class PreferenceDataset:
             warnings.warn(f"{fault}; skipped")
         check_unusable(faults, total, root)
 
-        self.group_size = group_size
-        if group_size > 1:
-            self.aligned.sort(key=lambda item: kind(item[0]))
-        sizes = Counter(kind(sample) if group_size > 1 else "" for sample, _ in self.aligned)
-        self.groups = tuple(pairwise([0, *accumulate(sizes.values())]))  # (first, end) of each in `aligned`
-
         self.prompt_rows = {prompt: row for row, prompt in enumerate(prompts)}
 
     def __len__(self):
@@ -173,8 +163,8 @@ class PreferenceDataset:
 
     def aligned_at(self, position, seed):
         """-> the aligned Sample at a position of the run, and its row of latents."""
-        epoch, i = divmod(position, len(epoch_order(seed, 0, self.groups, self.group_size)))
-        return self.aligned[epoch_order(seed, epoch, self.groups, self.group_size)[i]]
+        epoch, i = divmod(position, len(self))
+        return self.aligned[epoch_order(seed, epoch, len(self))[i]]
 
     def pair(self, position, seed, timesteps):
         """-> the Pair at a position of the run, with t from `timesteps`.
@@ -210,22 +200,10 @@ def pair_up(samples, faults):
     return aligned, violating
 
 
-def kind(sample):
-    """The principle and the type of the scene, preservation last."""
-    return sample.value, is_preservation(sample), sample.scene.parent.name
-
-
 @functools.lru_cache(maxsize=4)  # a batch may lie in two epochs
-def epoch_order(seed, epoch, groups, group_size):
-    """The numbers of all groups (first, end) in random order, `group_size` of one group in a row.
-
-    A group with a remainder starts again until its last row is full.
-    """
-    rng, rows = random.Random(f"epoch {seed} {epoch}"), []
-    for first, end in groups:
-        order = cycle(rng.sample(range(first, end), end - first))
-        rows += [[*islice(order, group_size)] for _ in range(math.ceil((end - first) / group_size))]
-    return [*chain.from_iterable(rng.sample(rows, len(rows)))]
+def epoch_order(seed, epoch, n):
+    """The numbers 0 … n − 1 in random order."""
+    return random.Random(f"epoch {seed} {epoch}").sample(range(n), n)
 
 
 def sample_latent(mean, logvar, generator=None):

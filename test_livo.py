@@ -475,17 +475,6 @@ def test_cached_latents_and_prompt_embeddings_equal_encoding(sd, dataset):
         torch.testing.assert_close(embeds, make_context(sd, [entry.prompt])[0])
 
 
-@pytest.mark.parametrize("group_size", [4, 26])
-def test_group_shares_principle_and_type(sd, root, folder, group_size):
-    dataset = data.PreferenceDataset(root, sd, folder / "cache", group_size)
-    n = sum(math.ceil(pairs / group_size) * group_size for pairs in (26, 26, 26, 26, 13))  # last groups are filled up
-    pairs = [dataset.pair(position, 0, range(1000)) for position in range(2 * n)]
-    groups = [{(pair.principle, pair.preservation) for pair in pairs[i:i + group_size]}
-              for i in range(0, 2 * n, group_size)]
-    assert all(len(group) == 1 for group in groups) and [*map(min, groups)] != sorted(map(min, groups))
-    for epoch in (pairs[:n], pairs[n:]):
-        assert {pair.where.split(" and ")[0] for pair in epoch} == {sample.where for sample, _ in dataset.aligned}
-
 # ── A run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

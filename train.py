@@ -51,10 +51,7 @@ class Settings:
     steps: int = setting(15_000, "optimizer steps", 1)
     batch: int = setting(8, "pairs a step, over all processes", 1, 2**16)
     micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1, 2**10)
-    group_size: int = setting(1, "consecutive pairs that share a principle; 1 mixes them", 1, 2**16)
-    min_timestep: int = setting(0, "lowest timestep that is trained", 0, 999)
     lr: float = setting(1e-6, "learning rate")
-    final_ln_lr_scale: float = setting(1.0, "factor on it for the final LayerNorm, which sets the token norm")
     warmup: int = setting(1000, "steps of linear warm-up", 1)
     decay: float = setting(0.0, "fraction of the steps, the last ones, of linear decay to 0", 0, 1)
     alpha: float = setting(ALPHA, "slope α of the violating hinge")
@@ -149,8 +146,7 @@ def take_step(step, network, optimizer, add, dataset, timesteps, s):
     Raises UserError if an error or the gradient is not finite.
     """
     parameters = list(network.parameters())
-    for group, scale in zip(optimizer.param_groups, (1, s.final_ln_lr_scale)):
-        group["lr"] = scale * learning_rate(step, s)
+    optimizer.param_groups[0]["lr"] = learning_rate(step, s)
     optimizer.zero_grad(set_to_none=False)
     errors = torch.zeros(4, s.batch, device=parameters[0].device)
     for first in range(RANK, s.batch, WORLD * s.micro_batch):
@@ -170,12 +166,9 @@ def take_step(step, network, optimizer, add, dataset, timesteps, s):
 # ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def make_optimizer(network):
-    """AdamW. The final LayerNorm of a value encoder, which sets the token norm, is a group with its own rate."""
-    final = set(network.text_model.final_layer_norm.parameters()) if isinstance(network, ValueEncoder) else set()
-    groups = [{"params": [p for p in network.parameters() if (p in final) == is_final]} for is_final in (False, True)]
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(network.parameters(), betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
 
 
 def learning_rate(step, s):
@@ -189,7 +182,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     A number in `signals` makes it write a checkpoint and exit. Raises UserError for non-finite errors.
     """
     schedule = Schedule(sd.scheduler)
-    timesteps = range(s.min_timestep, len(schedule.alphas_cumprod))
+    timesteps = range(len(schedule.alphas_cumprod))
     initial = load_value_encoder(s.init, s.weights, sd) if s.init else sd.text_encoder
     value_encoder = ValueEncoder.from_text_encoder(initial)
     optimizer = make_optimizer(value_encoder)
@@ -255,8 +248,6 @@ def main(argv=None):
     join_processes(device)
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)
-    if s.min_timestep >= (steps := len(Schedule(sd.scheduler).alphas_cumprod)):
-        raise UserError(f"--min-timestep: expected an integer from 0 to {steps - 1}, got {s.min_timestep}")
     keep_freed_memory(large=True)
     if args.checkpointing:
         checkpoint_layers(sd.unet, (ResnetBlock, SpatialTransformer))
@@ -275,7 +266,7 @@ def carry_out(args, s, folder, sd):
             save_settings(folder, s)  # before the long work, so that it can be resumed
     with one_first():
         root = toy.default_pairs(folder.parent) if s.data == TOY else s.data
-        dataset = PreferenceDataset(root, sd, folder.parent / "cache", s.group_size)
+        dataset = PreferenceDataset(root, sd, folder.parent / "cache")
     with caught_signals() as signals:
         value_encoder = fit(sd, dataset, s, folder, signals, args.tensorboard)
     if signals:  # one that came while the last checkpoint was written

@@ -6,9 +6,9 @@ import torch
 
 from common import UserError
 
-# Options that have a new name.
-RENAMED = {"--t-low": "--min-timestep", "--bias-share": "--bias-alpha-scale", "--token-lr": "--final-ln-lr-scale",
-           "--together": "--group-size", "--value-share": "--value-fraction", "--harmless": "--preservation"}
+# Options that have a new name, or none.
+RENAMED = {"--bias-share": "--bias-alpha-scale", "--value-share": "--value-fraction", "--harmless": "--preservation"}
+REMOVED = ("--t-low", "--min-timestep", "--token-lr", "--final-ln-lr-scale", "--together", "--group-size")
 ARGPARSE = {
     r"^argument (?:-\w/)?": "",
     r"invalid choice: (.*) \(choose from (.*)\)": r"expected one of \2, got \1",
@@ -23,6 +23,8 @@ ARGPARSE = {
 
 def of_argparse(message):
     for word in message.split():
+        if word.split("=")[0] in REMOVED:
+            return f"expected no such option, as tiny-sd needs it no more, got {word}"
         if new := RENAMED.get(word.split("=")[0]):
             return f"expected {new}, the new name of the option, got {word}"
     for pattern, words in ARGPARSE.items():

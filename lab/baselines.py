@@ -231,7 +231,7 @@ def train_method(sd, dataset, method, s, measure, about, folder):
     """
     part, _ = TRAINED[method]
     network, schedule = trainable_copy(sd, part), Schedule(sd.scheduler)
-    optimizer, timesteps = train.make_optimizer(network), range(s.min_timestep, len(schedule.alphas_cumprod))
+    optimizer, timesteps = train.make_optimizer(network), range(len(schedule.alphas_cumprod))
     start, file = train.resume(folder, network, optimizer, dataset.key), folder / "curve.json"
     # The curve is written before the checkpoint, so it may be one point ahead of it.
     curve = [point for point in load_curve(file, about) if point["step"] <= start] if file.exists() else []
@@ -455,7 +455,7 @@ def main(argv=None):
         raise UserError(f"{args.weights}: expected a model of the toy dataset, of {portraits.SIZE} pixels, "
                         f"got {sd.size} pixels")
     root = args.data or toy.default_pairs(args.out.parent)
-    dataset = PreferenceDataset(root, sd, args.out.parent / "cache", PRESET["group_size"])
+    dataset = PreferenceDataset(root, sd, args.out.parent / "cache")
     classifier = load_classifier()
     key = VERSION, evaluate.VERSION, PRESET, SAMPLING, PROFESSIONS, classifier.name, dataset.key
     model = f"{fingerprint(sd)} {digest(map(str, key))}"

@@ -294,7 +294,7 @@ def small(tiny, root, monkeypatch, classifier):
     monkeypatch.setattr(baselines, "load_classifier", lambda: classifier)
     monkeypatch.setattr(baselines, "PROFESSIONS", ("doctor", "nurse"))
     monkeypatch.setattr(baselines, "SAMPLING", {"steps": 2, "sampler": "dpm", "guidance": 2.0, "batch_size": 2})
-    for name, value in {"batch": 2, "micro_batch": 2, "group_size": 2, "warmup": 2}.items():
+    for name, value in {"batch": 2, "micro_batch": 2, "warmup": 2}.items():
         monkeypatch.setitem(baselines.PRESET, name, value)
     monkeypatch.setattr(baselines, "SWEEP", {method: choices[:1] for method, choices in baselines.SWEEP.items()})
     monkeypatch.setattr(baselines, "GRID", {"BT on the value encoder": [{"lr": 1e-3, "beta": 50.0}]})

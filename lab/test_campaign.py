@@ -163,7 +163,7 @@ def strip(path):
 
 NOT_COUNTS = ("0", "-1", "x", "1.5", "", "nan", "10000000000", HUGE)
 NOT_NUMBERS = ("-1", "x", "nan", "inf", HUGE)
-COUNTS_OF_TRAIN = ("steps", "batch", "micro-batch", "group-size", "warmup", "save-every", "sample-every")
+COUNTS_OF_TRAIN = ("steps", "batch", "micro-batch", "warmup", "save-every", "sample-every")
 NUMBERS_OF_TRAIN = ("lr", "alpha", "beta", "gamma1", "gamma2", "bias-alpha-scale", "final-ln-lr-scale", "decay")
 NUMBERS = {  # command: {option: texts}
     "sample": {
@@ -173,8 +173,7 @@ NUMBERS = {  # command: {option: texts}
     "train": {
         **{f"--{name}": ("0", "x", "-1", HUGE) for name in COUNTS_OF_TRAIN},
         **{f"--{name}": NOT_NUMBERS for name in NUMBERS_OF_TRAIN},
-        "--batch": ("1000000000", "1.5"), "--group-size": ("1000000000",), "--min-timestep": ("-1", "1000", "x"),
-        "--seed": ("-1", HUGE)},
+        "--batch": ("1000000000", "1.5"), "--seed": ("-1", HUGE)},
     "build": {
         "--per-prompt": NOT_COUNTS, "--total": NOT_COUNTS, "--threads": ("0", "100000", HUGE),
         "--shard": ("x", "1/1", "-1/2", "1", HUGE), "--batch-size": ("0", HUGE), "--steps": ("0", "1000", HUGE)},
