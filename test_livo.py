@@ -153,7 +153,7 @@ def test_step_equals_one_with_transformers_and_diffusers(sd, dataset, folder, pr
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "model" / "tokenizer")
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "model" / "unet").requires_grad_(False)
     noise = diffusers.DDIMScheduler.from_pretrained(folder / "model" / "scheduler", prediction_type=prediction)
-    s, pairs = settings(beta=1000.0, alpha=500.0, bias_alpha_scale=1.0, gamma1=1.0, gamma2=0.5), pairs_of(dataset)
+    s, pairs = settings(beta=1000.0, alpha=500.0, bias_gamma_scale=1.0, gamma1=1.0, gamma2=0.5), pairs_of(dataset)
     errors = train.add_gradient(sd, ours, pairs, Schedule(sd.scheduler | {"prediction_type": prediction}), s)
     loss = train.summarize(0, errors, [pair.principle for pair in pairs], s)["loss"]
 
@@ -233,7 +233,7 @@ def test_preservation_pairs_are_held_to_the_reference_models_prediction(sd, data
 
     # beyond the margins their loss is (β − α) times the squared change of the prediction
     value_encoder, plain = trained_a_little(sd), trained_a_little(sd)
-    s = settings(alpha=10.0, beta=30.0, bias_alpha_scale=1.0, gamma1=1.0, gamma2=1.0, batch=2)
+    s = settings(alpha=10.0, beta=30.0, bias_gamma_scale=1.0, gamma1=1.0, gamma2=1.0, batch=2)
     train.add_gradient(sd, value_encoder, pairs[:2], schedule, s)
     prompts, principles = [p.prompt for p in pairs[:2]], [p.principle for p in pairs[:2]]
     context = make_context(sd, prompts, [principles], plain, prompt_embeds[:2])

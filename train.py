@@ -55,10 +55,10 @@ class Settings:
     warmup: int = setting(1000, "steps of linear warm-up", 1)
     decay: float = setting(0.0, "fraction of the steps, the last ones, of linear decay to 0", 0, 1)
     alpha: float = setting(ALPHA, "slope α of the violating hinge")
-    bias_alpha_scale: float = setting(1.0, "factor on α for bias principles")
     beta: float = setting(BETA, "slope β of the aligned hinge")
     gamma1: float = setting(GAMMA1, "margin of the aligned hinge")
     gamma2: float = setting(GAMMA2, "margin of the violating hinge")
+    bias_gamma_scale: float = setting(1.0, "factor on both margins for bias principles")
     snr_gamma: float = setting(0.0, "γ of min-SNR weighting over timesteps (arXiv 2303.09556); 0: all weigh the same")
     seed: int = setting(0, "of the order of the pairs and of all noise", 0, 2**63)
     save_every: int = setting(500, "steps between checkpoints", 1)
@@ -105,9 +105,10 @@ def reference_errors(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservati
     return denoising_error(output, target).chunk(2), target.chunk(2)
 
 
-def alphas(principles, s, device="cpu"):
-    """α of each pair's principle: (B,)."""
-    return torch.tensor([s.alpha * (s.bias_alpha_scale if is_bias(p) else 1.0) for p in principles], device=device)
+def margins(principles, s, device="cpu"):
+    """γ1 and γ2 of each pair's principle: (B,) each."""
+    scale = torch.tensor([s.bias_gamma_scale if is_bias(p) else 1.0 for p in principles], device=device)
+    return s.gamma1 * scale, s.gamma2 * scale
 
 
 def add_gradient(sd, value_encoder, pairs, schedule, s):
@@ -124,8 +125,9 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     weight = schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device)  # (B,)
     context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # (B, 78, C)
     leaf = context.detach().requires_grad_()  # cuts the graph between UNet and value encoder
-    hinges = (partial(aligned_hinge, beta=s.beta, gamma1=s.gamma1),
-              partial(violating_hinge, alpha=alphas(principles, s, z_w.device), gamma2=s.gamma2))
+    gamma1, gamma2 = margins(principles, s, z_w.device)
+    hinges = (partial(aligned_hinge, beta=s.beta, gamma1=gamma1),
+              partial(violating_hinge, alpha=s.alpha, gamma2=gamma2))
     errors = []
     for z, target, ref, hinge in zip((z_w, z_l), targets, refs, hinges):
         output, _ = predict(sd.unet, schedule, eps, t, z, leaf)
@@ -216,12 +218,12 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
 def summarize(step, errors, principles, s):
     """The errors (4, B) of a step, and the principles of its pairs -> a line of the log."""
     err_w, ref_w, err_l, ref_l = errors
-    alpha = alphas(principles, s, errors.device)
+    gamma1, gamma2 = margins(principles, s, errors.device)  # (B,) each
     return {
         "step": step,
-        "loss": livo_loss(*errors, alpha, s.beta, s.gamma1, s.gamma2).item(),
-        "active_w": (aligned_hinge(err_w, ref_w, s.beta, s.gamma1) > 0).float().mean().item(),
-        "active_l": (violating_hinge(err_l, ref_l, alpha, s.gamma2) > 0).float().mean().item(),
+        "loss": livo_loss(*errors, s.alpha, s.beta, gamma1, gamma2).item(),
+        "active_w": (aligned_hinge(err_w, ref_w, s.beta, gamma1) > 0).float().mean().item(),
+        "active_l": (violating_hinge(err_l, ref_l, s.alpha, gamma2) > 0).float().mean().item(),
         "delta_w": (err_w - ref_w).mean().item(),  # ℓ_θ − ℓ_ref
         "delta_l": (err_l - ref_l).mean().item(),
         "ref": ((ref_w + ref_l) / 2).mean().item(),

@@ -37,7 +37,7 @@ def test_common_step_equals_train_add_gradient(sd, dataset):
 @pytest.mark.parametrize("method", baselines.TRAINED)
 def test_gradients_equal_the_formula_by_autograd(sd, dataset, method):
     part, _ = baselines.TRAINED[method]
-    s, pairs = settings(beta=20.0, alpha=30.0, bias_alpha_scale=1.0), pairs_of(dataset)
+    s, pairs = settings(beta=20.0, alpha=30.0, bias_gamma_scale=1.0), pairs_of(dataset)
     pairs[0] = replace(pairs[0], z_l=pairs[0].z_w, preservation=True)
     network = baselines.trainable_copy(sd, part)
     torch.manual_seed(2)
