@@ -192,7 +192,8 @@ def fit_image_encoder(clip, tokenizer, folder):
     ids = tokenize(tokenizer, records, p_absent=2 * P_ABSENT)
     with torch.no_grad():
         texts = torch.cat([clip.embed_texts(batch) for batch in ids.split(256)])  # (N, 64)
-    networks = nn.ModuleDict({"vision_model": clip.vision_model, "visual_projection": clip.visual_projection})
+    parts = {"vision_model": clip.vision_model, "visual_projection": clip.visual_projection}
+    networks = nn.ModuleDict(parts).requires_grad_(True)
 
     def loss_of_batch():
         rows = torch.randint(len(images), (CLIP_BATCH,))
