@@ -231,7 +231,7 @@ FIELDS = {  # file: {key: values}
         "model_max_length": (78, 10**9), "bos_token": ("missing", 3), "added_tokens_decoder": (3, {"x": {}}, {"1": 3})},
 }
 SETTINGS = {"steps": ("x", -1, 1e400), "lr": ("x", -1), "batch": (0, 10**9), "weights": ("nowhere", 3),
-            "data": ("nowhere", ""), "min_timestep": (1000,), "unknown": (1,), "beta": (float("inf"), [1])}
+            "data": ("nowhere", ""), "snr_gamma": (-1,), "unknown": (1,), "beta": (float("inf"), [1])}
 UNET_BIN = "model/unet/diffusion_pytorch_model.bin"
 PICKLES = {
     "cyclic": saved(UNET_BIN, cyclic()), "inflating": inflating, "list": saved(UNET_BIN, [1]),
