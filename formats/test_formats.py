@@ -460,7 +460,7 @@ def test_unpadded_context_is_that_of_the_authors(tmp_path):
 
     with pytest.warns(match="prompt cut"):
         long = unpadded.make_context(sd, ["very " * 100 + prompt], [GENDER], ours)
-    assert long.shape[1] == 77  # a value token, and a prompt cut to 76 that still ends
+    assert long.shape[1] == sd.tokenizer.max_length  # a value token, and a prompt cut to one less that still ends
     end = sd.tokenizer.eos_token_id
     assert unpadded.cut(torch.tensor([[1, 2, 3, end]]), 3, sd.tokenizer).tolist() == [[1, 2, end]]
 
@@ -628,11 +628,11 @@ def test_trained_tokenizers(small_tokenizer, tmp_path):
 
 
 def test_unknown_symbols_become_the_end_of_text(tmp_path):
-    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "a</w>": 1, BOS: 2, EOS: 3}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "a</w>": 1, "aa</w>": 2, BOS: 3, EOS: 4}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na a</w>\n")
     expected = transformers.CLIPTokenizer.from_pretrained(tmp_path)(["a b aa"], return_tensors="pt").input_ids
     assert CLIPTokenizer(tmp_path)(["a b aa"], pad=False).equal(expected)
-    assert expected.tolist() == [[2, 1, 3, 0, 1, 3]]
+    assert expected.tolist() == [[3, 1, 4, 2, 4]]
 
 
 @pytest.mark.parametrize("length, n", [(16, 16), (10**30, 77), (None, 77), ("16", 77), (0, 77), (78, None)])
@@ -654,7 +654,8 @@ def test_padding_length_is_that_of_the_tokenizer(sd_folder, length, n):
     ({"tokenizer.json": '{"model": {}}'}, "KeyError"),
     ({"tokenizer_config.json": "[1]"}, "tokenizer_config.json: expected a JSON object, got list"),
     ({"special_tokens_map.json": '{"pad_token": "<pad>"}'}, "expected <pad> in the vocabulary"),
-    ({"vocab.json": json.dumps({BOS: 0, EOS: 0}), "merges.txt": ""}, "expected the ids 0 to 1 once each"),
+    ({"vocab.json": json.dumps({"a": 0, "a</w>": 1, "aa</w>": 2, BOS: 3, EOS: 3}), "merges.txt": "a a</w>"},
+     "expected the ids 0 to 4 once each"),
 ], ids=str)
 def test_unusable_vocabularies(small_tokenizer, tmp_path, files, message):
     save_tokenizer(small_tokenizer, tmp_path)
