@@ -111,7 +111,8 @@ def negative_prompt(sd, settings, prompt, seeds, phrases=2):
                 words.append(attribute)
             elif half:
                 words.append(majority_class(attribute, prompt.profession))
-        wordings = [", ".join([adjective, *more[:phrases]]).replace(", , ", ", ") for adjective, more in map(WORDINGS.get, words)]
+        wordings = [", ".join(dict.fromkeys([adjective, *(phrase.strip(", ") for phrase in more[:phrases])]))
+                    for adjective, more in map(WORDINGS.get, words)]
         texts[half] = prompt.text, ", ".join(wordings)
     return generate_each(sd, settings, [texts[half] for half in spread(len(seeds), 0.5)], seeds)
 

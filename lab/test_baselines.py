@@ -141,7 +141,7 @@ def test_bias_is_in_the_negative_prompt_and_in_the_prompt_of_half_of_the_images(
     nurse = baselines.Prompt("a nurse", "nurse", (BLOODY, GENDER, RACE))
     assert evaluate.negative_prompt(None, {}, nurse, range(10, 14)) == [10, 11, 12, 13]  # in the order of the seeds
     blood, woman = "bloody, covered in blood, with blood on the face", "woman, who is a woman"
-    assert calls == [("a nurse", f"{blood}, {woman}, light-skinned, with light skin", [10, 12]),
+    assert calls == [("a nurse", f"{blood}, {woman}, light-skinned, with light skin, light skin", [10, 12]),
                      ("a nurse", blood, [11, 13])]
     calls.clear()
     assert evaluate.principle_in_prompt(None, {}, nurse, range(2)) == [0, 1]
@@ -280,7 +280,7 @@ def test_loss_png_of_a_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, message", [
-    (None, "log.jsonl: expected the log of a run of train.py, got No such file"), ("", "got an empty file"),
+    (None, "log.jsonl: expected the log of a run, got none"), ("", "got an empty file"),
     ('{"step": 0}\n', "expected numbers step, loss"), ('{"step"', "on each line"), ("[]\n", "on each line")])
 def test_errors_of_a_log(tmp_path, text, message):
     if text is not None:
@@ -368,7 +368,7 @@ def test_a_killed_baseline_resumes(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options, message", [
     (["--only", "magic"], "--only: expected one of .*, got 'magic'"),
-    (["--per-prompt", "1"], "expected 2"),
+    (["--per-prompt", "1"], "expected an integer from 2"),
     (["--collect", "all.json"], "expected finished runs, got none"),
     (["--weights", "model"], "toy dataset, of 64 pixels, got 16 pixels"),
 ])

@@ -562,7 +562,7 @@ def test_warning_if_the_margins_are_too_small():
 
 @pytest.mark.parametrize("options, message", [
     (["--data", "nowhere"], "expected a dataset"), (["--resume", "nowhere"], "no settings.json"),
-    (["--lr", "-1"], "--lr: expected a number from 0.0 to .*, got .-1"), (["--weights", "nowhere"], "--data too"),
+    (["--lr", "-1"], "--lr: expected a number from 0 to .*, got .-1"), (["--weights", "nowhere"], "--data too"),
     (["--weights", "someones/tiny-sd"], "--data too"), (["--resume", "a", "--out", "b"], "expected one of them")])
 def test_user_errors_of_train(folder, options, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

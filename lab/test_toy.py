@@ -18,6 +18,7 @@ from torch import nn
 import data
 import sample
 import weights
+from common import write_json
 from conftest import REPOSITORY, TINY_SD, refused
 from lab import captions, dataset, portraits, pretrain, toy
 from lab.check import check
@@ -96,16 +97,19 @@ def test_an_attribute_changes_its_own_pixels_only():
 
 
 def test_a_pair_differs_in_its_attribute_and_the_prompt_specifies_no_protected_one():
-    words = {"gender": ("man", "woman", "male", "female"), "skin": ("skin",), "bloody": ("blood",),
-             "zombie": ("zombie",)}
+    words = {"gender": {"man", "woman", "male", "female"}, "skin": {"skin", "skinned"}, "bloody": {"blood", "bloody"},
+             "zombie": {"zombie"}}
     asked, seen = [], set()
     for attribute, noun, seed in product(toy.PRINCIPLES.values(), toy.NOUNS, range(10)):
         prompt, aligned, violating = toy.portrait_pair(seed, attribute, noun)
-        assert replace(aligned, **{attribute: getattr(violating, attribute)}) == violating != aligned
-        assert noun in prompt or noun == "person" and "gender" in aligned.specified
-        mentioned = {name for name, of_name in words.items() if any(word in prompt for word in of_name)}
+        assert len({getattr(record, attribute) for record in (*aligned, violating)}) == len(aligned) + 1 == (
+            5 if attribute == "skin" else 2)
+        for record in aligned:
+            assert replace(record, **{attribute: getattr(violating, attribute)}) == violating
+        assert noun in prompt or noun == "person" and "gender" in violating.specified
+        mentioned = {name for name, of_name in words.items() if of_name & {*re.findall("[a-z]+", prompt)}}
         if attribute in portraits.HARMS:
-            assert getattr(violating, attribute) and not getattr(aligned, attribute)
+            assert getattr(violating, attribute) and not getattr(aligned[0], attribute)
             asked.append(attribute in mentioned)
         else:
             assert attribute not in mentioned
@@ -113,20 +117,20 @@ def test_a_pair_differs_in_its_attribute_and_the_prompt_specifies_no_protected_o
     assert 0.6 < sum(asked) / len(asked) < 0.9 and seen == {*words}
     assert {toy.portrait_pair(seed, "skin", "judge")[2].skin for seed in range(20)} == {"light"}  # the majority class
     pairs = [toy.portrait_pair(seed, "gender", noun) for seed, noun in enumerate(toy.nouns_of_pairs("gender", 60))]
-    assert [aligned.gender for _, aligned, _ in pairs].count("man") == 30
+    assert [aligned.gender for _, (aligned,), _ in pairs].count("man") == 30
     assert all((violating.gender == "man") == (portraits.P_MAN[violating.profession] > 0.5) for _, _, violating in pairs
                if "profession" in violating.specified)
 
 
 def test_a_rendered_set_is_sound_and_its_preservation_prompts_ask_for_nothing(root):
     samples, faults = data.read_samples(root)
-    assert not faults and len(samples) == 4 * 26 * 2 + 13 and not check(root)[1]
+    assert not faults and len(samples) == 26 * (2 + 5 + 2 + 2) + 13 and not check(root)[1]
     assert {sample.scene.parent.name for sample in samples} == {"0-career", "toxicity", "preservation"}
     assert {sample.scene.name.split("-", 2)[2].replace("-", " ") for sample in samples} == {*toy.NOUNS}
-    prompt, *records = toy.portrait_pair(toy.FIRST_SEED, "gender", "doctor")
+    prompt, (aligned,), violating = toy.portrait_pair(toy.FIRST_SEED, "gender", "doctor")
     first = [sample for sample in samples if sample.scene.name == f"gender-{toy.FIRST_SEED}-doctor"]
     assert [(sample.prompt, sample.aligned) for sample in first] == [(prompt, True), (prompt, False)]
-    for sample, record in zip(first, records, strict=True):
+    for sample, record in zip(first, (aligned, violating), strict=True):
         assert Image.open(sample.path).tobytes() == portraits.render(record).tobytes()
     preservation = [sample for sample in samples if data.is_preservation(sample)]
     assert len(preservation) == 13 and {sample.value for sample in preservation} == {BLOODY}
@@ -135,7 +139,7 @@ def test_a_rendered_set_is_sound_and_its_preservation_prompts_ask_for_nothing(ro
 
 
 def test_the_default_set_is_named_by_what_it_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "render_pairs", lambda folder: folder.mkdir())
+    monkeypatch.setattr(toy, "render_pairs", lambda folder: write_json(folder / "dataset.json", {}))
     root = toy.default_pairs(tmp_path)
     assert toy.default_pairs(tmp_path) == root  # rendered once
     for module, name, value in ((toy, "PAIRS", {**toy.PAIRS, "gender": 1}), (toy, "P_ASKED", 0.5),
