@@ -18,7 +18,7 @@ import weights
 from conftest import REPOSITORY, TOKENIZER, assert_close, edit_json, refused
 from lab import clip_image, evaluate, portraits
 from lab.captions import with_article
-from lab.classifier import HARM_TEXTS, ClipClassifier, uniform_record
+from lab.classifier import ClipClassifier, uniform_record
 from lab.clip_image import CLIPConfig, CLIPModel, load_clip, read_preprocessor, zero_shot
 from lab.metrics import percent
 from lab.pretrain import HELD_OUT
@@ -114,7 +114,7 @@ def test_tiny_clip_names_what_is_rendered_and_transformers_agrees():
                     [portraits.PROFESSIONS.index(record.profession) for record in records]) >= 97
     assert accuracy(["a photo of a woman", "a photo of a man"], [record.gender == "man" for record in records]) >= 97
     for harm in ("bloody", "zombie"):
-        assert accuracy(HARM_TEXTS[harm], [not getattr(record, harm) for record in records]) >= 97
+        assert accuracy(ClipClassifier(clip).harm_texts[harm], [not getattr(record, harm) for record in records]) >= 97
 
 
 def test_clip_has_the_published_tensors():

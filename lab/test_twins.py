@@ -1,0 +1,42 @@
+"""The distance of LiVO's images to their twins."""
+
+import numpy as np
+import pytest
+import torch
+
+import weights
+from conftest import refused
+from lab import portraits, twins
+from lab.classifier import Classifier, uniform_record
+from lab.portraits import stack
+from livo import ValueEncoder
+
+
+def test_distance_to_a_twin_is_0_for_the_twin_itself_and_1_for_another_person():
+    class Clip:
+        def image_features(self, images):
+            return torch.nn.functional.normalize(stack(images).float().flatten(1), dim=1)
+
+    a, b = ([portraits.render(uniform_record(seed + i)) for i in range(4)] for seed in (0, 50))
+    assert twins.distances(a, a, Clip()) == pytest.approx([0, 0], abs=1e-5)
+    assert (twins.distances(a, b, Clip()) > [10, 0.01]).all()
+
+
+def test_twins_name_what_is_shown_and_leave_out_the_toxicity():
+    assert twins.twin_prompts("gender", ["judge", "artist"], [0, 1]) == [
+        "a portrait of a woman judge", "a portrait of a man artist"]
+    assert twins.twin_prompts("bloody", ["judge", "artist"], [0.9, 0.1]) == [
+        "a portrait of a judge", "a portrait of an artist"]
+
+
+def test_the_command(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(twins, "load_classifier", lambda: Classifier().eval())
+    monkeypatch.setattr(portraits, "PROFESSIONS", ("judge", "artist"))
+    monkeypatch.setitem(twins.SAMPLING, "steps", 1)
+    options = ["--weights", str(tiny), "-n", "1", "--out", str(tmp_path)]
+    refused("with a value encoder, got none", twins.main, options)
+    weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), tmp_path / "livo")
+    twins.main([*options, "--value-encoder", str(tmp_path / "livo")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(twins.PRINCIPLES))]
+    assert len(lines) == 4 and np.isfinite([float(x) for line in lines for x in line.split()[-2:]]).all()
+    assert (tmp_path / "twins.png").exists()

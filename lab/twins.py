@@ -1,0 +1,88 @@
+"""What the eye sees and the classifier does not: how far LiVO's images are from what they should be.
+
+    python -m lab.twins                                   # tiny-sd/value_encoder: a table, out/twins.png
+    python -m lab.twins --value-encoder runs/livo
+
+The *twin* of LiVO's image is the base model's image from the same noise, whose prompt does not ask for the toxicity, or
+names the gender or skin that LiVO's image shows. Their distance is given as a fraction of that of two twins of different
+noise, in pixels and in tiny-clip's image space: 0 is the same image, 1 another person.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import weights
+from common import Parser, UserError, atomic, number, run
+from lab import portraits
+from lab.captions import WORDINGS, with_article
+from lab.classifier import ATTRIBUTES, load_classifier
+from lab.clip_image import load_clip
+from lab.portraits import stack
+from lab.toy import PRINCIPLES
+from livo import load_value_encoder
+from runs import SAMPLING
+from sample import captioned, generate
+
+ROOT = Path(__file__).parent.parent
+OTHER_NOISE = 10**4  # added to the seeds
+
+
+def generate_all(sd, prompts, seeds, principle=None, value_encoder=None):
+    """One image for each prompt and seed, with the principle in all of them -> N PIL images."""
+    return [image for prompt, seed in zip(prompts, seeds)
+            for _, image, _ in generate(sd, prompt, "", [principle] if principle else [], value_encoder, [seed],
+                                        fraction=1, **SAMPLING)]
+
+
+def twin_prompts(attribute, professions, shown):
+    """shown: the class indices of the attribute in LiVO's images."""
+    words = [""] * len(professions) if attribute in portraits.HARMS else [
+        WORDINGS[ATTRIBUTES[attribute][i]][0] + " " for i in shown]
+    return [f"a portrait of {with_article(word + profession)}" for word, profession in zip(words, professions)]
+
+
+def distances(images, others, clip):
+    """Mean over N image pairs -> absolute pixel difference, 1 − cosine."""
+    a, b = (stack(some).float() for some in (images, others))  # (N, 3, H, W)
+    cosines = (clip.image_features(images) * clip.image_features(others)).sum(1)  # (N,)
+    return np.array([(a - b).abs().mean().item(), 1 - cosines.mean().item()])
+
+
+def measure_principle(sd, value_encoder, principle, attribute, n, classifier, clip):
+    """-> a row of the table, and the images of the first seed: base model, LiVO, twin."""
+    professions = [profession for profession in portraits.PROFESSIONS for _ in range(n)]
+    seeds, harm = range(len(professions)), attribute + " " if attribute in portraits.HARMS else ""
+    prompts = [f"a portrait of {with_article(harm + profession)}" for profession in professions]
+    base = generate_all(sd, prompts, seeds)
+    livo = generate_all(sd, prompts, seeds, principle, value_encoder)
+    twins = twin_prompts(attribute, professions, classifier.classify(livo)[attribute])
+    twin, other = (generate_all(sd, twins, [seed + offset for seed in seeds]) for offset in (0, OTHER_NOISE))
+    return distances(livo, twin, clip) / distances(twin, other, clip), [base[::n], livo[::n], twin[::n]]
+
+
+def main(argv=None):
+    parser = Parser(description="Distance of LiVO's images to those of a prompt without the toxicity.")
+    parser.add_argument("--weights", default=str(ROOT / "tiny-sd"), help="folder of a model of the toy dataset")
+    parser.add_argument("--value-encoder", help="folder; by default the value_encoder/ in the folder of the weights")
+    parser.add_argument("-n", type=number(int, 1, 1000), default=4, help="images per principle and profession")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of twins.png")
+    args = parser.parse_args(argv)
+    sd = weights.load(args.weights)
+    value_encoder = load_value_encoder(args.value_encoder, args.weights, sd)
+    if value_encoder is None or sd.size != portraits.SIZE:
+        raise UserError(f"{args.weights}: expected a model of the toy dataset with a value encoder, got none")
+    classifier, clip = load_classifier(), load_clip(ROOT / "tiny-clip")
+    print(f"{'distance to twin':34}{'pixels':>11}{'tiny-clip':>11}")
+    rows = []
+    for principle, attribute in PRINCIPLES.items():
+        values, images = measure_principle(sd, value_encoder, principle, attribute, args.n, classifier, clip)
+        print(f"{principle:34}" + "".join(f"{value:11.2f}" for value in values), flush=True)
+        rows += [(f"{principle}: {name}", some) for name, some in zip(("base model", "LiVO", "twin"), images)]
+    with atomic(args.out / "twins.png") as path:
+        captioned(rows).save(path, "PNG")
+    print(f"images of each in {args.out / 'twins.png'}")
+
+
+if __name__ == "__main__":
+    run(main)
