@@ -277,7 +277,6 @@ class UNet(nn.Module):
             channels_in = [c_x + skip_channels.pop() for c_x in [previous] + [c] * n]
             self.up_blocks.append(UpBlock(channels_in, c, config, up_heads[i], upsample=i < last))
             previous = c
-
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
 
