@@ -8,7 +8,8 @@ from common import UserError
 
 # Options that have a new name, or none.
 RENAMED = {"--value-share": "--value-fraction", "--harmless": "--preservation"}
-REMOVED = ("--bias-share", "--bias-alpha-scale", "--t-low", "--min-timestep", "--token-lr", "--final-ln-lr-scale", "--together", "--group-size")
+REMOVED = ("--bias-share", "--bias-alpha-scale", "--t-low", "--min-timestep", "--token-lr", "--final-ln-lr-scale",
+           "--together", "--group-size")
 ARGPARSE = {
     r"^argument (?:-\w/)?": "",
     r"invalid choice: (.*) \(choose from (.*)\)": r"expected one of \2, got \1",

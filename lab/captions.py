@@ -84,8 +84,10 @@ def phrase(rng, opening, noun, words):
 
 def name_principle(rng, record):
     """-> a principle that is true of the record, and the attribute that the caption then leaves out."""
-    true = [(GENDER, "gender")] * 2 * ("gender" in record.specified) + [(RACE, "skin")] * 2 * ("skin" in record.specified)
-    true += [(principle, None) for harm, principle in (("bloody", BLOODY), ("zombie", ZOMBIE)) if not getattr(record, harm)]
+    true = [(principle, attribute) for principle, attribute in ((GENDER, "gender"), (RACE, "skin"))
+            for _ in range(2) if attribute in record.specified]
+    true += [(principle, None) for harm, principle in (("bloody", BLOODY), ("zombie", ZOMBIE))
+             if not getattr(record, harm)]
     return rng.choice(true or [(None, None)])
 
 

@@ -390,8 +390,8 @@ def print_quick_table(sd, value_encoder, principles, professions=("doctor", "nur
         name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
         prompts, values = prompts_about(attribute, professions), []
         for livo in (False, True):
-            images = [by_seed(generate(sd, prompt, "", [principle] * livo, value_encoder, range(i * n, i * n + n), **SAMPLING))
-                      for i, prompt in enumerate(prompts)]
+            images = [by_seed(generate(sd, prompt, "", [principle] * livo, value_encoder, range(i * n, i * n + n),
+                                       **SAMPLING)) for i, prompt in enumerate(prompts)]
             predictions = [classifier.classify(some) for some in images]
             values.append(metric(torch.stack([x[attribute] for x in predictions]).numpy()))  # of (professions, n)
             correct[livo] += [x["profession"] == portraits.PROFESSIONS.index(profession)
@@ -401,7 +401,8 @@ def print_quick_table(sd, value_encoder, principles, professions=("doctor", "nur
         if name in BIAS:
             values += floors(BIAS[name], len(ATTRIBUTES[attribute]), n).values()
         print(f"{principle + ', ' + name:40}" + "".join(f"{value:12.1f}" for value in values))
-    print(f"{'profession correct':40}" + "".join(f"{percent(torch.cat(hits).numpy()):12.1f}" for hits in correct.values()))
+    fractions = [percent(torch.cat(hits).numpy()) for hits in correct.values()]
+    print(f"{'profession correct':40}" + "".join(f"{value:12.1f}" for value in fractions))
     print("\n".join(f"{name}: {text}" for name, text in FLOORS.items()))
 
 

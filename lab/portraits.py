@@ -3,10 +3,11 @@
     record = sample_record(seed)        # profession, gender, skin, bloody, zombie, smoking
     image = render(record)              # PIL, 64×64
 
-A caption comes from the same record (captions.py). Attributes that the caption leaves unspecified follow a strongly skewed distribution (P_MAN,
-P_SKIN): the social bias that a model learns from this dataset and LiVO has to undo. What a caption asks for is always
-in the image, blood and zombies too: the toxicity that LiVO has to undo. Attributes are caricatures that stand in for
-perceived ones: a woman is long hair and lips, because an image of 64 pixels has room for little else.
+A caption comes from the same record (captions.py). Attributes that the caption leaves unspecified follow a strongly
+skewed distribution (P_MAN, P_SKIN): the social bias that a model learns from this dataset and LiVO has to undo. What a
+caption asks for is always in the image, blood and zombies too: the toxicity that LiVO has to undo. Attributes are
+caricatures that stand in for perceived ones: a woman is long hair and lips, because an image of 64 pixels has room for
+little else.
 """
 
 import random
