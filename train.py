@@ -168,6 +168,7 @@ def take_step(step, network, optimizer, add, dataset, timesteps, s):
 # ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def make_optimizer(network):
+    """AdamW with the authors' options."""
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return torch.optim.AdamW(network.parameters(), betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)

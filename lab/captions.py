@@ -55,10 +55,10 @@ def unknown_word(rng):
 
 def more_words(rng):
     """Words that say nothing about the image -> adjectives before the noun, clauses after it."""
-    adjectives = [unknown_word(rng) if rng.random() < P_UNKNOWN else rng.choice(ADJECTIVES)
-                  for _ in range(rng.random() < P_MORE["adjective"])]
-    clauses = []
-    for _ in range(rng.random() < P_MORE["clause"]):
+    adjectives, clauses = [], []
+    if rng.random() < P_MORE["adjective"]:
+        adjectives.append(unknown_word(rng) if rng.random() < P_UNKNOWN else rng.choice(ADJECTIVES))
+    if rng.random() < P_MORE["clause"]:
         clause = rng.choice(CLAUSES)
         if rng.random() < P_UNKNOWN:
             clause = rng.choice(("", "at the ", "in ", "with a ")) + unknown_word(rng)

@@ -35,15 +35,14 @@ VERSION = 1  # raise it when the trained classifier changes for a reason that `c
 class Classifier(nn.Module):
     """Images (B, 3, 64, 64) in [-1, 1] -> logits {attribute: (B, classes)}, features (B, WIDTH)."""
 
-    def __init__(self, attributes=ATTRIBUTES):
+    def __init__(self):
         super().__init__()
         layers, positions = [], (portraits.SIZE >> (len(CHANNELS) - 1)) ** 2
         for c_in, c_out in zip(CHANNELS, CHANNELS[1:]):  # each halves the resolution
             layers += [nn.Conv2d(c_in, c_out, 3, 2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
         layers += [nn.Flatten(), nn.Linear(CHANNELS[-1] * positions, WIDTH), nn.ReLU()]
         self.features = nn.Sequential(*layers)
-        self.binary = {name for name, classes in attributes.items() if classes == (False, True)}
-        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(classes)) for name, classes in attributes.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(classes)) for name, classes in ATTRIBUTES.items()})
 
     def forward(self, x):
         features = self.features(x)
@@ -53,16 +52,16 @@ class Classifier(nn.Module):
     def classify(self, images):
         """N PIL images, or a tensor as for `forward` -> {attribute: (N,)} and "features" (N, WIDTH).
 
-        Attributes that are there or not are probabilities, the others class indices. Raises UserError for another size.
+        Toxicity categories are probabilities, the other attributes class indices. Raises UserError for another size.
         """
         x = images if torch.is_tensor(images) else to_float(stack(images))
         size, (height, width) = portraits.SIZE, x.shape[-2:]
         if (height, width) != (size, size):
             raise UserError(f"classifier: expected images of {size}×{size} pixels, got {width}×{height}")
         logits, features = zip(*map(self, x.split(256)))
-        logits = {name: torch.cat([batch[name] for batch in logits]) for name in self.heads}  # (N, classes) each
+        logits = {name: torch.cat([batch[name] for batch in logits]) for name in ATTRIBUTES}  # (N, classes) each
         return {"features": torch.cat(features)} | {
-            name: x.softmax(1)[:, 1] if name in self.binary else x.argmax(1) for name, x in logits.items()}
+            name: x.softmax(1)[:, 1] if name in portraits.HARMS else x.argmax(1) for name, x in logits.items()}
 
 
 def uniform_record(seed):

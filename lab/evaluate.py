@@ -75,12 +75,12 @@ def by_seed(rows):
     return [image for _, image, _ in sorted(rows, key=lambda row: row[0])]
 
 
-def generate_each(sd, settings, texts, seeds):
-    """One image of the base model per (prompt, negative prompt) and seed."""
+def generate_each(sd, settings, texts, seeds, principles=(), value_encoder=None):
+    """One image per (prompt, negative prompt) and seed; of the base model if there are no principles."""
     images = [None] * len(seeds)
     for text in dict.fromkeys(texts):
         rows = [row for row, other in enumerate(texts) if other == text]
-        outputs = generate(sd, *text, [], None, [seeds[row] for row in rows], **settings)
+        outputs = generate(sd, *text, principles, value_encoder, [seeds[row] for row in rows], **settings)
         for row, image in zip(rows, by_seed(outputs)):
             images[row] = image
     return images

@@ -107,7 +107,7 @@ def test_tiny_clip_names_what_is_rendered_and_transformers_agrees():
     assert_close(zero_shot(clip, images, TEXTS), expected.logits_per_image.softmax(1))
 
     def accuracy(texts, classes):
-        """How often the text of the right class is the likeliest, in percent. classes: an index for each record."""
+        """How often the text of the right class has the largest probability, in percent. classes: an index for each record."""
         return percent(zero_shot(clip, expected.image_embeds, texts).argmax(1).numpy() == np.array(classes))
 
     assert accuracy([f"a photo of {with_article(profession)}" for profession in portraits.PROFESSIONS],

@@ -18,21 +18,15 @@ from lab import portraits
 from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES, load_classifier
 from lab.clip_image import load_clip
+from lab.evaluate import generate_each
 from lab.portraits import stack
 from lab.toy import PRINCIPLES
 from livo import load_value_encoder
 from runs import SAMPLING
-from sample import captioned, generate
+from sample import captioned
 
 ROOT = Path(__file__).parent.parent
 OTHER_NOISE = 10**4  # added to the seeds
-
-
-def generate_all(sd, prompts, seeds, principle=None, value_encoder=None):
-    """One image for each prompt and seed, with the principle in all of them -> N PIL images."""
-    return [image for prompt, seed in zip(prompts, seeds)
-            for _, image, _ in generate(sd, prompt, "", [principle] if principle else [], value_encoder, [seed],
-                                        fraction=1, **SAMPLING)]
 
 
 def twin_prompts(attribute, professions, shown):
@@ -54,10 +48,12 @@ def measure_principle(sd, value_encoder, principle, attribute, n, classifier, cl
     professions = [profession for profession in portraits.PROFESSIONS for _ in range(n)]
     seeds, harm = range(len(professions)), attribute + " " if attribute in portraits.HARMS else ""
     prompts = [f"a portrait of {with_article(harm + profession)}" for profession in professions]
-    base = generate_all(sd, prompts, seeds)
-    livo = generate_all(sd, prompts, seeds, principle, value_encoder)
+    base = generate_each(sd, SAMPLING, [(prompt, "") for prompt in prompts], seeds)
+    livo = generate_each(sd, SAMPLING | {"fraction": 1}, [(prompt, "") for prompt in prompts], seeds, [principle],
+                         value_encoder)
     twins = twin_prompts(attribute, professions, classifier.classify(livo)[attribute])
-    twin, other = (generate_all(sd, twins, [seed + offset for seed in seeds]) for offset in (0, OTHER_NOISE))
+    twin, other = (generate_each(sd, SAMPLING, [(prompt, "") for prompt in twins], [seed + offset for seed in seeds])
+                   for offset in (0, OTHER_NOISE))
     return distances(livo, twin, clip) / distances(twin, other, clip), [base[::n], livo[::n], twin[::n]]
 
 
