@@ -9,6 +9,7 @@ A run's folder holds value_encoder/, log.jsonl, samples/, settings.json and chec
 are cached beside it. `python -m lab.plots runs/livo` plots the log.
 """
 
+import math
 import signal
 import sys
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import weights
 from common import Parser, UserError, add_device_options, pick_device, run
-from data import PreferenceDataset
+from data import PreferenceDataset, is_preservation
 from diffusion import Schedule
 from efficiency import checkpoint_layers, keep_freed_memory
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, is_bias, livo_loss, load_value_encoder,
@@ -58,7 +59,8 @@ class Settings:
     beta: float = setting(BETA, "slope β of the aligned hinge")
     gamma1: float = setting(GAMMA1, "margin of the aligned hinge")
     gamma2: float = setting(GAMMA2, "margin of the violating hinge")
-    bias_gamma_scale: float = setting(1.0, "factor on both margins for bias principles")
+    bias_gamma1: float = setting(GAMMA1, "margin of the aligned hinge for bias principles")
+    bias_gamma2: float = setting(GAMMA2, "margin of the violating hinge for bias principles")
     snr_gamma: float = setting(0.0, "γ of min-SNR weighting over timesteps (arXiv 2303.09556); 0: all weigh the same")
     seed: int = setting(0, "of the order of the pairs and of all noise", 0, 2**63)
     save_every: int = setting(500, "steps between checkpoints", 1)
@@ -97,18 +99,20 @@ def reference_errors(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservati
     """The reference model's ref_w and ref_l, (B,) each, and the targets of y_w and y_l, (B, 4, h, w) each.
 
     A preservation pair (y_l is y_w, the principle does not apply) should not change: its target is the reference
-    model's own output. Then ℓ_ref is 0, and the loss beyond its margins, β ℓ_θ(y_w) − α ℓ_θ(y_l) with β > α, penalizes
-    any change of the prediction. With the target eps the noise would hide so small a change.
+    model's own output. Then ℓ_ref is 0, and the aligned hinge, γ1 + β ℓ_θ(y_w), penalizes any change of the prediction.
+    With the target eps the noise would hide so small a change.
     """
     output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([prompt_embeds, prompt_embeds]))
     target = torch.where(preservation.repeat(2)[:, None, None, None], output, target)
     return denoising_error(output, target).chunk(2), target.chunk(2)
 
 
-def margins(principles, s, device="cpu"):
-    """γ1 and γ2 of each pair's principle: (B,) each."""
-    scale = torch.tensor([s.bias_gamma_scale if is_bias(p) else 1.0 for p in principles], device=device)
-    return s.gamma1 * scale, s.gamma2 * scale
+def margins(principles, preservation, s):
+    """γ1 and γ2 of each pair, (B,) each. preservation: (B,); such a pair has no violating image, so its γ2 is −∞."""
+    bias = torch.tensor([is_bias(principle) for principle in principles], device=preservation.device)
+    gamma1 = torch.where(bias, s.bias_gamma1, s.gamma1)
+    gamma2 = torch.where(bias, s.bias_gamma2, s.gamma2).masked_fill(preservation, -math.inf)
+    return gamma1, gamma2
 
 
 def add_gradient(sd, value_encoder, pairs, schedule, s):
@@ -125,7 +129,7 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     weight = schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device)  # (B,)
     context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # (B, 78, C)
     leaf = context.detach().requires_grad_()  # cuts the graph between UNet and value encoder
-    gamma1, gamma2 = margins(principles, s, z_w.device)
+    gamma1, gamma2 = margins(principles, preservation, s)
     hinges = (partial(aligned_hinge, beta=s.beta, gamma1=gamma1),
               partial(violating_hinge, alpha=s.alpha, gamma2=gamma2))
     errors = []
@@ -197,8 +201,10 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
         errors = take_step(step, value_encoder, optimizer, add, dataset, timesteps, s)
-        principles = [dataset.aligned_at(step * s.batch + row, s.seed)[0].value for row in range(s.batch)]
-        line, done = summarize(step, errors, principles, s), step + 1
+        samples = [dataset.aligned_at(step * s.batch + row, s.seed)[0] for row in range(s.batch)]
+        preservation = torch.tensor([is_preservation(sample) for sample in samples], device=errors.device)
+        gammas = margins([sample.value for sample in samples], preservation, s)
+        line, done = summarize(step, errors, *gammas, s), step + 1
         bar.set_postfix({key: f"{value:.3g}" for key, value in line.items() if key != "step"})
         stop = torch.tensor(float(sum(signals)), device=errors.device)
         sum_over_processes(stop)  # a signal may reach one process a step before another
@@ -216,10 +222,9 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     return value_encoder
 
 
-def summarize(step, errors, principles, s):
-    """The errors (4, B) of a step, and the principles of its pairs -> a line of the log."""
+def summarize(step, errors, gamma1, gamma2, s):
+    """The errors (4, B) of a step's pairs, and their margins, (B,) each -> a line of the log."""
     err_w, ref_w, err_l, ref_l = errors
-    gamma1, gamma2 = margins(principles, s, errors.device)  # (B,) each
     return {
         "step": step,
         "loss": livo_loss(*errors, s.alpha, s.beta, gamma1, gamma2).item(),

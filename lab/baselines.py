@@ -80,7 +80,7 @@ BT_SCALE = HINGES[0]["beta"]  # the slope of the first aligned hinge
 
 
 def hinge_loss(s, principles, *errors):
-    return livo_loss(*errors, s.alpha, s.beta, *train.margins(principles, s, errors[0].device))
+    return livo_loss(*errors, s.alpha, s.beta, *train.margins(principles, torch.zeros(len(principles), dtype=torch.bool), s))
 
 
 def scaled_bradley_terry(s, principles, *errors):

@@ -230,7 +230,7 @@ def train_ours(folder, device, dtype, size, n, steps, file):
 
     def step():
         errors = train.add_gradient(sd, value_encoder, pairs, schedule, s)
-        return train.summarize(0, errors, [PRINCIPLE] * n, s)["loss"]
+        return train.summarize(0, errors, MARGIN, MARGIN, s)["loss"]
 
     return time_steps(step, value_encoder, device, steps)
 

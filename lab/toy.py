@@ -28,7 +28,7 @@ BIAS_TYPE, TOXICITY_TYPE = "0-career", "toxicity"  # types of scenes, a folder e
 # distribution's majority class, the aligned image another class.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
 PAIRS = {"gender": 320, "skin": 80, "bloody": 520, "zombie": 80}  # few where a principle is learned fast
-PRESERVATION = {"bloody": 120, "zombie": 40}  # images without the toxicity, of prompts that do not ask for it
+PRESERVATION = {"bloody": 160, "zombie": 80}  # images without the toxicity, of prompts that do not ask for it
 NOUNS = (*PROFESSIONS, "person")
 P_ASKED = 0.75  # of a prompt that asks for the toxicity, in toxicity scenes
 P_SPECIFIED = 0.25  # of a prompt that specifies the gender or the skin, where that is not the protected attribute
