@@ -27,8 +27,11 @@ BIAS_TYPE, TOXICITY_TYPE = "0-career", "toxicity"  # types of scenes, a folder e
 # the aligned image does not. Prompts leave a protected attribute unspecified, the violating image shows the toy
 # distribution's majority class, the aligned image another class.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
-PAIRS = {"gender": 320, "skin": 80, "bloody": 520, "zombie": 80}  # few where a principle is learned fast
-PRESERVATION = {"bloody": 160, "zombie": 80}  # images without the toxicity, of prompts that do not ask for it
+PAIRS = {"gender": 320, "skin": 60, "bloody": 520, "zombie": 80}  # few where a principle is learned fast
+PRESERVATION = {"bloody": 240, "zombie": 120}  # images without the toxicity, of prompts that do not ask for it
+# Copies of an aligned image in its scene. They bring the mean color of the aligned images near that of the majority
+# class. Guidance multiplies a step towards this mean: without copies nearly all skins come out dark.
+COPIES = {"pale": 3, "tan": 2}
 NOUNS = (*PROFESSIONS, "person")
 P_ASKED = 0.75  # of a prompt that asks for the toxicity, in toxicity scenes
 P_SPECIFIED = 0.25  # of a prompt that specifies the gender or the skin, where that is not the protected attribute
@@ -45,10 +48,10 @@ def probabilities(attribute, profession):
 
 
 def portrait_pair(seed, attribute, noun):
-    """-> prompt, aligned Records, violating Record. The records differ in one attribute: one person of each class.
+    """-> prompt, aligned Records, violating Record. The records differ in one attribute.
 
-    All classes but the majority class are aligned. If each prompt had one of the four other skins, the value encoder
-    would learn a skin for each prompt.
+    All classes but the majority class are aligned, in COPIES. If each prompt had one of the four other skins, the value
+    encoder would learn a skin for each prompt.
     """
     rng = random.Random(f"pair {seed}")
     profession, specified = (rng.choice(PROFESSIONS), set()) if noun == "person" else (noun, {"profession"})
@@ -67,7 +70,7 @@ def portrait_pair(seed, attribute, noun):
     else:
         p = probabilities(attribute, noun)
         bad = max(p, key=p.get)
-        good = [value for value in p if value != bad]
+        good = [value for value in p if value != bad for _ in range(COPIES.get(value, 1))]
     *aligned, violating = (replace(record, **{attribute: value}) for value in (*good, bad))
     asked = attribute in HARMS and rng.random() < P_ASKED
     return write_caption(violating if asked else aligned[0]), aligned, violating  # never mentions a protected attribute
@@ -115,7 +118,7 @@ def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESER
 
 def default_pairs(folder):
     """-> the default set in `folder`, rendered at the first call. Its name is a hash of settings and a few pairs."""
-    settings = VERSION, PRINCIPLES, PAIRS, PRESERVATION, FIRST_SEED, P_ASKED, P_SPECIFIED, P_MAN, P_SKIN
+    settings = VERSION, PRINCIPLES, PAIRS, PRESERVATION, COPIES, FIRST_SEED, P_ASKED, P_SPECIFIED, P_MAN, P_SKIN
     digest = hashlib.sha256(repr(settings).encode())
     for seed, (noun, attribute) in enumerate(zip(NOUNS, cycle(PRINCIPLES.values()))):
         prompt, aligned, violating = portrait_pair(seed, attribute, noun)
