@@ -25,10 +25,11 @@ import latents
 import sample
 import train
 import weights
-from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from clip_text import CLIPTextModel, CLIPTokenizer
 from conftest import (REPOSITORY, SD1, SHARED, TINY_SD, TOKENIZER, UNETS, assert_close, gradients, pairs_of, pixels,
                       relative, run_settings, settings, start, trained_a_little, wait_for_steps, write_pipeline)
 from diffusion import Schedule, ddim_step, denoise, dpm_step, sample_noise, x0_and_eps
+from formats.checks import text_config
 from livo import aligned_hinge, bradley_terry_loss, livo_loss, make_context, make_uncond, spread, violating_hinge
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE, retrieve
 from sample import generate, sample_images
@@ -426,7 +427,7 @@ def test_text_encoder_equals_transformers(config, pad):
     reference = transformers.CLIPTextModel(transformers.CLIPTextConfig(bos_token_id=0, **config)).eval()
     for parameter in reference.parameters():  # norms would start at one and biases at zero
         torch.nn.init.normal_(parameter, std=0.3)
-    ours = CLIPTextModel(CLIPTextConfig.from_dict(reference.config.to_dict()))
+    ours = CLIPTextModel(text_config(reference.config.to_dict()))
     ours.load_state_dict({"text_model." + key.removeprefix("text_model."): value
                           for key, value in reference.state_dict().items()})
     end = ours.config.eos_token_id
