@@ -241,8 +241,9 @@ def summarize(step, errors, gamma1, gamma2, s):
 def parse_args(argv=None):
     parser = Parser(description="Train a value encoder with the LiVO loss.")
     add_options(parser, Settings, load_preset(TINY_SD))
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/livo)")
-    parser.add_argument("--resume", type=Path, help="folder of a run to resume; options given anew win")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--out", type=Path, help="folder of the run (default: runs/livo)")
+    folder.add_argument("--resume", type=Path, help="folder of a run to resume; options given anew win")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
     add_device_options(parser, default="bf16 on CUDA, else fp32")
