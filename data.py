@@ -78,7 +78,7 @@ def read_sample(line, scene, root, where):
 
 
 def read_lines(root):
-    """-> [(line, scene folder, "file:number")] of all metadata of a dataset folder. Raises UserError if there are none."""
+    """-> [(line, scene folder, "file:number")] of all metadata of a dataset folder. Raises UserError for none."""
     found = []
     for file in sorted(root.glob("*/*/metadata.jsonl")):
         if not file.parent.name.startswith("."):  # a scene that is being built
@@ -165,7 +165,7 @@ class PreferenceDataset:
 
 
 def pair_up(samples, faults):
-    """[(Sample, its row of latents)] -> the aligned ones, and {scene: the violating ones}. Adds lonely samples to `faults`."""
+    """[(Sample, its row of latents)] -> the aligned ones, {scene: the violating ones}. Adds lonely ones to `faults`."""
     aligned, violating = [], {}
     have_aligned = {sample.scene for sample, _ in samples if sample.aligned}
     have_violating = {sample.scene for sample, _ in samples if not sample.aligned or is_preservation(sample)}

@@ -13,7 +13,7 @@ from livo import encode_prompts
 
 
 def crop(image, size):
-    """PIL, RGB -> (3, size, size) in [-1, 1]: the shorter side resized to `size`, then the center crop, as the authors do."""
+    """PIL, RGB -> (3, size, size) in [-1, 1]: shorter side resized to `size`, center crop, as the authors do."""
     short = min(image.size)
     image = image.resize([size * side // short for side in image.size], Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in image.size)
@@ -69,7 +69,7 @@ def load_latents(sd, samples, folder):
 
 @torch.no_grad()
 def encode_samples(sd, samples, prompts, folder, batch_size=8):
-    """Write latents.bin, prompts.bin and broken.json, as `load_latents` reads them. An unreadable image is encoded as gray."""
+    """Write the files that `load_latents` reads. An unreadable image is encoded as gray."""
     from formats.images import open_image
     vae, broken = next(sd.vae.parameters()), {}
 

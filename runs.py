@@ -1,7 +1,6 @@
 """A training run on disk and over processes: its settings, checkpoint, log, sample sheets, signals and torchrun.
 
-None of it is the method (livo.py, train.py). A checkpoint needs no random state: the data and the noise of a step follow
-from its number.
+None of it is the method. A checkpoint needs no random state: data and noise of a step follow from its number.
 """
 
 import atexit
@@ -39,8 +38,9 @@ def setting(default, text, low=0.0, high=1e9):
 def add_options(parser, cls, preset):
     """An option for each setting of the dataclass. The help tells the preset's value too."""
     for option in filter(lambda option: option.metadata, fields(cls)):
-        kind, tiny = type(option.default), f" (tiny-sd: {preset[option.name]})" if option.name in preset else ""
-        parser.add_argument("--" + option.name.replace("_", "-"), default=option.default, help=option.metadata["help"] + tiny,
+        kind, text = type(option.default), option.metadata["help"]
+        text += f" (tiny-sd: {preset[option.name]})" if option.name in preset else ""
+        parser.add_argument("--" + option.name.replace("_", "-"), default=option.default, help=text,
                             type=kind if kind is str else number(kind, *option.metadata["limits"]))
 
 
@@ -65,7 +65,10 @@ def parse_settings(parser, cls, argv):
         values = read_json(file)
     else:
         folder, file = args.out or Path("runs/livo"), f"{args.weights}/livo.toml"
-        check_new(folder)
+        check_writable(folder)
+        if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
+            raise UserError(f"{folder}: expected a new folder, got one with files in it; "
+                            f"resume with --resume {folder}, or choose another --out")
         values = load_preset(args.weights)
     try:  # as if they had been typed before the others: checked alike, and overruled by them
         typed = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value != ""]
@@ -79,13 +82,6 @@ def parse_settings(parser, cls, argv):
         if (value := getattr(s, name)) not in ("", TOY) and Path(value).exists():
             setattr(s, name, str(Path(value).resolve()))
     return args, s, folder
-
-
-def check_new(folder):
-    check_writable(folder)
-    if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
-        raise UserError(f"{folder}: expected a new folder, got one with files in it; "
-                        f"resume with --resume {folder}, or choose another --out")
 
 
 def save_settings(folder, s):

@@ -38,7 +38,6 @@ from vae import VAE, VAEConfig
 
 # ── The loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def random_errors(n=64):
     torch.manual_seed(0)
     return [(0.1 * torch.rand(n, dtype=torch.float64)).requires_grad_() for _ in range(4)]
@@ -80,7 +79,6 @@ def test_bradley_terry_exceeds_its_hinge_by_at_most_log_2():
         assert torch.relu(s).item() <= loss <= torch.relu(s).item() + math.log(2)
 
 # ── The context and the retriever ────────────────────────────────────────────────────────────────────────────────────
-
 
 @torch.no_grad()
 def test_value_tokens_precede_the_prompt_embeddings(shipped):
@@ -143,7 +141,6 @@ def test_auto_applies_toxic_principles_alone():
     assert sample.choose_principles(["none"], "a bloody doctor") == []
 
 # ── A training step ──────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_step_equals_one_with_transformers_and_diffusers(sd, dataset, folder, prediction, tmp_path):
@@ -248,8 +245,8 @@ def test_preservation_pairs_are_held_to_the_reference_models_prediction(sd, data
 
 # ── Sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SPACED = {spacing: SD1 | {"timestep_spacing": spacing} for spacing in ("leading", "linspace", "trailing")}
-CONFIGS = SPACED | {"v": SD1 | {"prediction_type": "v_prediction"}, "plain": {"steps_offset": 1, "clip_sample": False}}
+CONFIGS = {spacing: SD1 | {"timestep_spacing": spacing} for spacing in ("leading", "linspace", "trailing")} | {
+    "v": SD1 | {"prediction_type": "v_prediction"}, "plain": {"steps_offset": 1, "clip_sample": False}}
 
 
 def model(x, t):
@@ -373,7 +370,6 @@ def test_command_generates_what_diffusers_generates(prediction, tmp_path):
 
 # ── The networks ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @pytest.mark.parametrize("config", UNETS.values(), ids=UNETS)
 def test_unet_and_its_gradient_equal_diffusers(config):
     torch.manual_seed(0)
@@ -456,7 +452,6 @@ def test_tokenizer_equals_transformers(folder):
 
 # ── Pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def test_epoch_visits_every_aligned_image_once_and_a_position_fixes_all_randomness(dataset):
     n = len(dataset)
     epochs = [[dataset.pair(position, 0, range(1000)) for position in range(e * n, e * n + n)] for e in (0, 1)]
@@ -483,7 +478,6 @@ def test_cached_latents_and_prompt_embeddings_equal_encoding(sd, dataset):
 
 
 # ── A run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def test_killed_and_resumed_run_equals_uninterrupted_one(folder, root, whole_run):
     run = folder / "killed"

@@ -174,7 +174,8 @@ class Block(nn.Module):
         if heads:
             self.attentions = nn.ModuleList(SpatialTransformer(channels, heads, config) for _ in channels_in)
         if downsample:
-            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": Conv2d(channels, channels, 3, stride=2, padding=1)})])
+            conv = Conv2d(channels, channels, 3, stride=2, padding=1)
+            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(channels)])
 
@@ -258,7 +259,7 @@ class UNet(nn.Module):
         return F.silu(self.time_embedding(sinusoids.to(self.conv_in.weight.dtype)))
 
     def forward(self, x, t, context):
-        """Noisy latents x (B, 4, H, W), timesteps t (B,), one for all, or `embed(t)`, context (B, L, D) -> eps or v like x."""
+        """Noisy latents x (B, 4, H, W), timesteps t (B,) or one for all or `embed(t)`, context (B, L, D) -> eps or v."""
         t = torch.as_tensor(t, device=x.device)
         time_emb = t if t.dim() == 2 else self.embed(t.reshape(-1))  # (B, 4C) or (1, 4C)
         x = self.conv_in(x)
