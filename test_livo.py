@@ -117,8 +117,6 @@ def test_bias_principles_act_on_half_of_the_images_and_the_others_are_the_base_m
     base, gender, bloody = images([]), images([GENDER]), images([BLOODY])
     assert [a == b for a, b in zip(base, gender)] == [False, True, False, True]
     assert not any(a == b for a, b in zip(base, bloody))
-    context = make_context(sd, ["a doctor"]).expand(4, -1, -1)
-    assert [image.tobytes() for image in sample_images(sd, context, make_uncond(sd, context.shape[1]), range(4), **options)] == base
 
 
 @pytest.mark.parametrize("prompt, expected", {
