@@ -156,7 +156,8 @@ class PreferenceDataset:
         rng = random.Random(f"pair {seed} {position}")
         generator = torch.Generator().manual_seed(rng.getrandbits(32))  # torch uses no more bits of a seed
         aligned, row_w = self.aligned_at(position, seed)
-        violating, row_l = rng.choice(self.violating.get(aligned.scene) or [(aligned, row_w)])
+        itself = [(aligned, row_w)]  # of a preservation pair
+        violating, row_l = rng.choice(self.violating.get(aligned.scene, itself))
         mirrored = rng.randrange(2)  # both or neither; the authors flip each image by itself
         z_w, z_l = (sample_latent(*self.latents[row, mirrored].float(), generator) for row in (row_w, row_l))
         return Pair(aligned.prompt, aligned.value, self.prompt_embeds[aligned.prompt], z_w, z_l,

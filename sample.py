@@ -81,8 +81,8 @@ def generate(sd, prompt, negative, principles, value_encoder, seeds, *, fraction
     unpadded: the context of the authors' inference code. settings: see `sample_images`.
     """
     gets = {p: spread(len(seeds), fraction if fraction is not None else 0.5 if is_bias(p) else 1) for p in principles}
-    active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]
-    for chosen in sorted(set(active), key=len):
+    active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]  # principles of each image
+    for chosen in sorted(set(active), key=len):  # images of equal principles have equal contexts
         rows = [row for row in range(len(seeds)) if active[row] == chosen]
         form = livo
         if unpadded and chosen:

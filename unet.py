@@ -238,7 +238,8 @@ class UNet(nn.Module):
             linear_1=nn.Linear(c, time_channels), act=nn.SiLU(), linear_2=nn.Linear(time_channels, time_channels)))
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
 
-        self.down_blocks, skip_channels = nn.ModuleList(), [channels[0]]  # of conv_in's output, then of each layer's
+        # A level has n residual blocks in the down path, n + 1 in the up path: one for each skip connection.
+        self.down_blocks, skip_channels = nn.ModuleList(), [channels[0]]
         for i, c in enumerate(channels):
             channels_in = [skip_channels[-1]] + [c] * (n - 1)
             self.down_blocks.append(DownBlock(channels_in, c, config, down_heads[i], downsample=i < last))

@@ -163,6 +163,15 @@ def check_fit(sub_models, tokenizer, prediction_type, source):
     return prediction_type or "epsilon"
 
 
+def check_value_encoder(config, sd, source):
+    """Raise UserError for the CLIPTextConfig of a value encoder that does not fit the model. Sets its end-of-text id."""
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
+        got, expected = getattr(config, key), getattr(sd.text_encoder.config, key)
+        if got != expected:
+            raise UserError(f"{source}: expected a value encoder for this model, with {key} {expected}, got {got}")
+    config.eos_token_id = sd.tokenizer.eos_token_id
+
+
 def fit_to_tokenizer(config, tokenizer, source):
     """Give a CLIPTextConfig the tokenizer's end-of-text id. Raises UserError where the tokenizer does not fit it."""
     if (ids := tokenizer.backend.get_vocab_size()) > config.vocab_size:
