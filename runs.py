@@ -132,7 +132,7 @@ class Log:
             if os.path.lexists(path) and [line["step"] for line in self.lines] != list(range(steps)):
                 raise ValueError(f"{len(lines)} lines, or others")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: expected a JSON object for each of the first {steps} steps, got {error}") from error
+            raise UserError(f"{path}: expected a JSON object for each of the {steps} steps, got {error}") from error
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # line by line
@@ -166,9 +166,9 @@ def save_samples(sd, value_encoder, dataset, path, n=6):
     for principle, choices in prompts.items():
         apt = [prompt for prompt in choices if principle in retrieve(prompt)]
         prompt = random.Random(principle).choice(apt or choices)
-        base, livo = ([image for _, image, _ in generate(sd, prompt, "", principles, value_encoder, range(n), fraction=1,
-                                                         **SAMPLING)] for principles in ([], [principle]))
-        rows += [("without a principle", base), (f"{principle}: {prompt}", livo)]
+        for caption, principles in ("without a principle", []), (f"{principle}: {prompt}", [principle]):
+            images = generate(sd, prompt, "", principles, value_encoder, range(n), fraction=1, **SAMPLING)
+            rows.append((caption, [image for _, image, _ in images]))
     with atomic(path) as temporary:
         captioned(rows).save(temporary)
 

@@ -260,7 +260,7 @@ class UNet(nn.Module):
         return F.silu(self.time_embedding(sinusoids.to(self.conv_in.weight.dtype)))
 
     def forward(self, x, t, context):
-        """Noisy latents x (B, 4, H, W), timesteps t (B,) or one for all or `embed(t)`, context (B, L, D) -> eps or v."""
+        """Noisy latents x (B, 4, H, W), timesteps t (B,), one for all or `embed(t)`, context (B, L, D) -> eps or v."""
         t = torch.as_tensor(t, device=x.device)
         time_emb = t if t.dim() == 2 else self.embed(t.reshape(-1))  # (B, 4C) or (1, 4C)
         x = self.conv_in(x)

@@ -164,7 +164,7 @@ def check_fit(sub_models, tokenizer, prediction_type, source):
 
 
 def check_value_encoder(config, sd, source):
-    """Raise UserError for the CLIPTextConfig of a value encoder that does not fit the model. Sets its end-of-text id."""
+    """Raise UserError for a value encoder's CLIPTextConfig that does not fit the model. Sets its end-of-text id."""
     for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
         got, expected = getattr(config, key), getattr(sd.text_encoder.config, key)
         if got != expected:

@@ -438,7 +438,7 @@ def test_resume_refuses_other_data_and_damaged_files(folder, whole_run, tmp_path
             [*resume, "--data", str(tmp_path / "other")])
     assert file.read_text() == before
     log.write_text("{" + lines)
-    refused("log.jsonl: expected a JSON object for each of the first", train.main, resume)
+    refused("log.jsonl: expected a JSON object for each of the", train.main, resume)
     log.write_text(lines)
     for name, value in {"batch": "x", "t_low": 3, "beard": 1}.items():
         file.write_text(json.dumps(json.loads(before) | {name: value}))
