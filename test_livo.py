@@ -472,9 +472,7 @@ def test_cached_latents_and_prompt_embeddings_equal_encoding(sd, dataset):
         for mirrored, image in enumerate((x, x.flip(-1))):
             direct = torch.cat(sd.vae.encode(image))
             torch.testing.assert_close(dataset.latents[row, mirrored].float(), direct, rtol=1e-3, atol=1e-3)
-        embeds = dataset.prompt_embeds[entry.prompt]
-        torch.testing.assert_close(embeds, make_context(sd, [entry.prompt])[0])
-
+        torch.testing.assert_close(dataset.prompt_embeds[entry.prompt], make_context(sd, [entry.prompt])[0])
 
 # ── A run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
