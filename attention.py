@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 
 # Triton takes 70 MB of memory, so it is imported only where it is used: with a GPU, or where TRITON_INTERPRET is set
 # (1 runs the kernels on a CPU, 0 only compiles them: lab/test_kernels.py).
@@ -157,17 +157,6 @@ def forward_kernel(q, k, v, out, lse, q_b, q_n, k_b, k_n, v_b, v_n, N, M, scale2
 
 
 @kernel
-def delta_kernel(out, d_out, delta, N, d: tl.constexpr, D: tl.constexpr, block_n: tl.constexpr):
-    """out and d_out (B, N, heads·d) -> δ (B, heads, N). Grid: blocks of queries, heads, B."""
-    h, heads, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    head = b * N * heads * d + h * d
-    rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    out_block = load(out + head, rows, N, heads * d, d, D).to(tl.float32)
-    d_out_block = load(d_out + head, rows, N, heads * d, d, D).to(tl.float32)
-    tl.store(delta + (b * heads + h) * N + rows, tl.sum(out_block * d_out_block, 1), mask=rows < N)
-
-
-@kernel
 def dq_kernel(q, k, v, d_out, lse, delta, dq, q_b, q_n, k_b, k_n, v_b, v_n, N, M, scale, scale2,
               d: tl.constexpr, D: tl.constexpr, block_n: tl.constexpr, block_m: tl.constexpr):  # fmt: skip
     """dq (B, N, heads·d). A program has a block of queries and loops over the keys. Grid: as `forward_kernel`."""
@@ -261,8 +250,8 @@ class FlashAttention(torch.autograd.Function):
         (B, heads, N), M, d = lse.shape, k.shape[1], q.shape[-1] // lse.shape[1]
         D, _, options = launch_options(d, M, q.dtype)
         blocks_n, blocks_m = triton.cdiv(N, options["block_n"]), triton.cdiv(M, options["block_m"])
-        d_out, delta, dq, dk, dv = d_out.contiguous(), torch.empty_like(lse), None, None, None
-        delta_kernel[blocks_n, heads, B](out, d_out, delta, N, d, D, options["block_n"])
+        d_out, dq, dk, dv = d_out.contiguous(), None, None, None
+        delta = reduce(out.float() * d_out, "b n (h d) -> b h n", "sum", h=heads).contiguous()
         inputs = q, k, v, d_out, lse, delta
         strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
         numbers = 1 / math.sqrt(d), math.log2(math.e) / math.sqrt(d), d, D

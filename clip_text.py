@@ -9,7 +9,7 @@ Shapes: B texts, N tokens each (77 in SD), C channels. Paper: Radford et al. 202
 """
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,21 +39,6 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
-
-    @classmethod
-    def from_dict(cls, config):
-        """Make it from the dictionary in config.json; other keys are ignored. Raises UserError if it is unsupported."""
-        if config.get("model_type", "clip_text_model") != "clip_text_model":
-            raise UserError(f"text encoder: expected model_type clip_text_model, got {config['model_type']}")
-        if missing := [field.name for field in fields(cls) if field.name not in config]:
-            raise UserError(f"text encoder: expected {', '.join(missing)} in its config, got none")
-        self = cls(**{field.name: config[field.name] for field in fields(cls)})
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"text encoder: expected hidden_act {' or '.join(ACTIVATIONS)}, got {self.hidden_act}")
-        if self.eos_token_id == 2:
-            # Published files of SD say 2, the id of "#". The end of text is CLIP's 49407, or a small vocabulary's last.
-            self.eos_token_id = min(49407, self.vocab_size - 1)
-        return self
 
 
 class CLIPEncoderLayer(nn.Module):

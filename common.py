@@ -76,8 +76,8 @@ def number(kind, low, high):
 
 
 def add_device_options(parser, default="fp16 on CUDA, else fp32"):
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"],
-                        help=f"auto is the fastest; on some CPUs that is bf16 for a full-size model (default: {default})")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="",
+                        help=f"auto is the fastest, on some CPUs bf16 for a full-size model (default: {default})")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
 
 
@@ -95,8 +95,8 @@ def pick_device(name, dtype):
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where the kernels of attention.py start
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:  # torch raises nothing narrower
-        raise UserError(f"--device: expected auto, cpu, cuda, …, got {name}: {str(error).splitlines()[0].split('. ')[0]}"
-                        ) from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"--device: expected auto, cpu, cuda, …, got {name}: {reason}") from error
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
     return device, {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
@@ -153,8 +153,6 @@ def read_json(path, **kinds):
     """The object in a JSON file. Raises UserError for anything else, or where a key has no value of its kind."""
     try:
         content = json.loads(regular(path, "a JSON file").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: expected a JSON file, got {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # the last of deeply nested JSON
         raise UserError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(content, dict):

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, atomic_folder, read_json, regular
-from latents import check_unusable, encode_samples, fingerprint, map_file, remove_leftovers, unique_prompts
+from common import UserError, regular
+from latents import fingerprint, load_latents
 
 PRESERVATION_TYPE = "preservation"
+MAX_UNUSABLE = 0.01  # fraction of the samples
 MAX_LENGTH = 10_000  # characters of a text in metadata.jsonl; the tokenizer keeps 77 words at most
 
 
@@ -60,15 +61,13 @@ def read_sample(line, scene, root, where):
     if not isinstance(entry, dict) or not {"file_name", "prompt", "value", "label"} <= entry.keys():
         raise ValueError("expected an object with file_name, prompt, value and label")
     for key in ("file_name", "prompt", "value"):
-        if not isinstance(entry[key], str) or not entry[key].strip():
-            raise ValueError(f"expected a text as {key}, got {entry[key]!r}")
-        if len(entry[key]) > MAX_LENGTH:
-            raise ValueError(f"expected at most {MAX_LENGTH} characters as {key}, got {len(entry[key])}")
+        if not isinstance(entry[key], str) or not entry[key].strip() or len(entry[key]) > MAX_LENGTH:
+            raise ValueError(f"expected a text as {key}, of at most {MAX_LENGTH} characters, got {entry[key]!r:.80}")
         entry[key].encode()  # half of a surrogate pair is a ValueError
     if type(entry["label"]) is not int:  # isinstance would take True
         raise ValueError(f"expected an integer as label, got {entry['label']!r}")
     path = (scene / entry["file_name"]).resolve()
-    if Path(entry["file_name"]).is_absolute() or not path.is_relative_to(root.resolve()):
+    if not path.is_relative_to(root.resolve()):
         raise ValueError(f"{entry['file_name']} leaves the dataset folder")
     if not path.is_file():
         raise ValueError(f"there is no file {entry['file_name']}")
@@ -79,21 +78,15 @@ def read_sample(line, scene, root, where):
 
 
 def read_lines(root):
-    """Yield (line, scene folder, "file:number") of all metadata of a dataset folder. Raises UserError for none."""
-    empty = True
+    """-> [(line, scene folder, "file:number")] of all metadata of a dataset folder. Raises UserError for none."""
+    found = []
     for file in sorted(root.glob("*/*/metadata.jsonl")):
-        if file.parent.name.startswith("."):  # a scene that is being built
-            continue
-        try:
+        if not file.parent.name.startswith("."):  # a scene that is being built
             lines = regular(file, "a file of samples").read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(f"{file}: expected a file to read, got {error.strerror}") from error
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                empty = False
-                yield line, file.parent, f"{file}:{number}"
-    if empty:
+            found += [(line, file.parent, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
         raise UserError(f"{root}: expected a dataset, <type>/<scene>/metadata.jsonl, got none")
+    return found
 
 
 def read_samples(root):
@@ -109,6 +102,12 @@ def read_samples(root):
             faults.append(f"{where}: {error}")
     check_unusable(faults, len(samples) + len(faults), root)
     return samples, faults
+
+
+def check_unusable(faults, total, root):
+    if len(faults) > MAX_UNUSABLE * total:
+        raise UserError(f"{root}: expected at most {MAX_UNUSABLE:.0%} unusable samples, "
+                        f"got {len(faults)} of {total}: {'; '.join(faults[:5])}")
 
 
 def is_preservation(sample):
@@ -129,34 +128,15 @@ class PreferenceDataset:
 
     def __init__(self, root, sd, cache):
         samples, faults = read_samples(root)
+        total = len(samples) + len(faults)
         self.key = fingerprint(sd, samples, Path(root).resolve())
-        total, prompts = len(samples) + len(faults), unique_prompts(samples)
-
-        def make(folder):
-            remove_leftovers(folder)
-            with atomic_folder(folder, "broken.json", keep=True) as temporary:
-                encode_samples(sd, samples, faults, root, temporary)
-
-        def read(folder):
-            broken = {int(i): fault for i, fault in read_json(folder / "broken.json").items()}
-            channels, size = sd.unet.config.in_channels, sd.unet.config.sample_size
-            # sample, plain or mirrored, mean or log-variance
-            shape = (len(samples) - len(broken), 2, 2, channels, size, size)
-            latents = map_file(folder / "latents.bin", shape, torch.float16)
-            shape = (len(prompts), sd.tokenizer.max_length, sd.text_encoder.config.hidden_size)
-            embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
-            return {i: f"{samples[i].where}: {fault}" for i, fault in broken.items()}, latents, embeds
-
-        from formats.disk import cached  # here, so that importing the core loads nothing of formats/
-        broken, self.latents, self.prompt_embeds = cached(Path(cache) / self.key, read, make)
-        faults += broken.values()
-        samples = [sample for i, sample in enumerate(samples) if i not in broken]
-        self.aligned, self.violating = pair_up(samples, faults)
+        self.latents, self.prompt_embeds, broken = load_latents(sd, samples, Path(cache) / self.key)
+        faults += [f"{samples[i].where}: {fault}" for i, fault in broken.items()]
+        usable = [(sample, row) for row, sample in enumerate(samples) if row not in broken]
+        self.aligned, self.violating = pair_up(usable, faults)
         for fault in faults:
             warnings.warn(f"{fault}; skipped")
         check_unusable(faults, total, root)
-
-        self.prompt_rows = {prompt: row for row, prompt in enumerate(prompts)}
 
     def __len__(self):
         return len(self.aligned)
@@ -176,20 +156,21 @@ class PreferenceDataset:
         rng = random.Random(f"pair {seed} {position}")
         generator = torch.Generator().manual_seed(rng.getrandbits(32))  # torch uses no more bits of a seed
         aligned, row_w = self.aligned_at(position, seed)
-        violating, row_l = rng.choice(self.violating.get(aligned.scene) or [(aligned, row_w)])
+        itself = [(aligned, row_w)]  # of a preservation pair
+        violating, row_l = rng.choice(self.violating.get(aligned.scene, itself))
         mirrored = rng.randrange(2)  # both or neither; the authors flip each image by itself
         z_w, z_l = (sample_latent(*self.latents[row, mirrored].float(), generator) for row in (row_w, row_l))
-        return Pair(aligned.prompt, aligned.value, self.prompt_embeds[self.prompt_rows[aligned.prompt]], z_w, z_l,
+        return Pair(aligned.prompt, aligned.value, self.prompt_embeds[aligned.prompt], z_w, z_l,
                     eps=torch.randn(z_w.shape, generator=generator), t=rng.choice(timesteps),
                     preservation=is_preservation(aligned), where=f"{aligned.where} and {violating.where}")
 
 
 def pair_up(samples, faults):
-    """-> [(aligned Sample, its row of latents)], {scene: [(violating Sample, its row)]}. Adds lonely samples to `faults`."""
+    """[(Sample, its row of latents)] -> the aligned ones, {scene: the violating ones}. Adds lonely ones to `faults`."""
     aligned, violating = [], {}
-    have_aligned = {sample.scene for sample in samples if sample.aligned}
-    have_violating = {sample.scene for sample in samples if not sample.aligned or is_preservation(sample)}
-    for row, sample in enumerate(samples):
+    have_aligned = {sample.scene for sample, _ in samples if sample.aligned}
+    have_violating = {sample.scene for sample, _ in samples if not sample.aligned or is_preservation(sample)}
+    for sample, row in samples:
         if sample.scene not in have_aligned & have_violating:
             missing = "violating" if sample.scene in have_aligned else "aligned"
             faults.append(f"{sample.where}: its scene has no {missing} image")

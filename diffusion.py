@@ -11,18 +11,6 @@ import torch
 from common import UserError
 from efficiency import with_context
 
-# Unsupported scheduler options and the only accepted value for each. A missing key means that value.
-FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False, "thresholding": False}
-FIXED_DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero",
-             "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-             "use_lu_lambdas": False, "use_flow_sigmas": False}  # read for DPM-Solver++ alone
-
-
-def require(config, fixed):
-    for key, only in fixed.items():
-        if config.get(key) not in (None, only):
-            raise UserError(f"scheduler_config.json: expected {key} {only}, got {config[key]}")
-
 
 class Schedule:
     """The noise levels a model was trained at, from the dictionary in its scheduler_config.json.
@@ -32,18 +20,15 @@ class Schedule:
     """
 
     def __init__(self, config):
-        require(config, FIXED)
-        kind, power = config.get("beta_schedule", "linear"), {"linear": 1, "scaled_linear": 0.5}
-        if kind not in power:
-            raise UserError(f"scheduler_config.json: expected beta_schedule {' or '.join(power)}, got {kind}")
+        from formats.checks import check_scheduler  # here, so that importing the core loads nothing of formats/
+        check_scheduler(config)
         start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
         T = config.get("num_train_timesteps", 1000)
-        betas = torch.linspace(start ** power[kind], end ** power[kind], T) ** (1 / power[kind])
+        power = {"linear": 1, "scaled_linear": 0.5}[config.get("beta_schedule", "linear")]
+        betas = torch.linspace(start**power, end**power, T) ** (1 / power)
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # (T,) float32, on the CPU
         self.final = torch.tensor(1.0) if config.get("set_alpha_to_one", True) else self.alphas_cumprod[0]
         self.prediction_type = config.get("prediction_type", "epsilon")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"expected prediction_type epsilon or v_prediction, got {self.prediction_type}")
         self.config = config
 
     def min_snr_weight(self, t, gamma):
@@ -71,10 +56,8 @@ class Schedule:
             t = np.arange(points)[::-1] * (T // points) + 1
         elif spacing == "linspace":
             t = np.linspace(0, T - 1, points).round()[::-1]
-        elif spacing == "trailing":
+        else:  # trailing
             t = np.arange(T, 0, -T / steps).round() - 1
-        else:
-            raise UserError(f"expected timestep_spacing leading, linspace or trailing, got {spacing}")
         t = [int(i) for i in t[:steps]]
         if not t or len(set(t)) < steps or t[0] >= T:
             raise UserError(f"expected a number of steps that fits {T} timesteps ({sampler}, {spacing}), got {steps}")
@@ -85,7 +68,8 @@ class Schedule:
         t = self.timesteps(steps, sampler)
         abar = self.alphas_cumprod[t]  # (steps,)
         if sampler == "dpm":
-            require(self.config, FIXED_DPM)
+            from formats.checks import SCHEDULER_DPM, check_scheduler
+            check_scheduler(self.config, SCHEDULER_DPM)
             return list(zip(t, abar, [*abar[1:], torch.tensor(1.0)]))
         # diffusers subtracts a constant stride. If T is no multiple of `steps`, this is not the next t of the list.
         after = [i - len(self.alphas_cumprod) // steps for i in t]

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 
 import weights
 from clip_text import CLIPTextModel
-from common import UserError
 
 # Slopes α (violating) and β (aligned), margins γ1 and γ2, as published with the authors' code.
 ALPHA, BETA, GAMMA1, GAMMA2 = 500.0, 1000.0, 1.0, 0.5
@@ -57,17 +56,14 @@ def load_value_encoder(source, weights_source, sd):
 
     Raises UserError for one that does not fit the model.
     """
+    from formats.checks import check_value_encoder  # here, so that importing the core loads nothing of formats/
     if source is None:
         source = Path(weights_source).expanduser() / "value_encoder"
         if not source.is_dir():
             return None
     device = next(sd.unet.parameters()).device
     value_encoder = weights.load_text_encoder(source, network=ValueEncoder, device=device)
-    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
-        got, expected = (getattr(network.config, key) for network in (value_encoder, sd.text_encoder))
-        if got != expected:
-            raise UserError(f"{source}: expected a value encoder for {weights_source}, with {key} {expected}, got {got}")
-    value_encoder.config.eos_token_id = sd.tokenizer.eos_token_id
+    check_value_encoder(value_encoder.config, sd, source)
     return value_encoder
 
 

@@ -1,7 +1,6 @@
 """A training run on disk and over processes: its settings, checkpoint, log, sample sheets, signals and torchrun.
 
-None of it is the method (livo.py, train.py). A checkpoint needs no random state: the data and the noise of a step follow
-from its number.
+None of it is the method. A checkpoint needs no random state: data and noise of a step follow from its number.
 """
 
 import atexit
@@ -33,16 +32,16 @@ SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  #
 
 def setting(default, text, low=0.0, high=1e9):
     """A field of the dataclass of settings, with the help and the limits of its option."""
-    return field(default=default, metadata={"help": text, "low": low, "high": high})
+    return field(default=default, metadata={"help": text, "limits": (low, high)})
 
 
 def add_options(parser, cls, preset):
     """An option for each setting of the dataclass. The help tells the preset's value too."""
-    for option in (option for option in fields(cls) if option.metadata):
-        kind, limits = type(option.default), (option.metadata["low"], option.metadata["high"])
-        tiny = f" (tiny-sd: {preset[option.name]})" if option.name in preset else ""
-        parser.add_argument("--" + option.name.replace("_", "-"), default=option.default, help=option.metadata["help"] + tiny,
-                            type=kind if kind is str else number(kind, *limits))
+    for option in filter(lambda option: option.metadata, fields(cls)):
+        kind, text = type(option.default), option.metadata["help"]
+        text += f" (tiny-sd: {preset[option.name]})" if option.name in preset else ""
+        parser.add_argument("--" + option.name.replace("_", "-"), default=option.default, help=text,
+                            type=kind if kind is str else number(kind, *option.metadata["limits"]))
 
 
 def load_preset(weights):
@@ -59,40 +58,30 @@ def parse_settings(parser, cls, argv):
 
     Options win over the settings of a resumed run, and over those that come with the weights.
     """
-    from formats.processes import check_environment
-    check_environment()
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if args.resume and args.out:
-        raise UserError("--resume and --out: expected one of them, as a resumed run stays in its folder, got both")
-    folder = args.resume or args.out or Path("runs/livo")
     if args.resume:
-        file = folder / "settings.json"
-        if not file.exists():
-            raise UserError(f"--resume {folder}: expected the folder of a run, got no settings.json")
+        folder, file = args.resume, args.resume / "settings.json"
         values = read_json(file)
     else:
-        check_new(folder)
-        file, values = f"{args.weights}/livo.toml", load_preset(args.weights)
+        folder, file = args.out or Path("runs/livo"), f"{args.weights}/livo.toml"
+        check_writable(folder)
+        if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
+            raise UserError(f"{folder}: expected a new folder, got one with files in it; "
+                            f"resume with --resume {folder}, or choose another --out")
+        values = load_preset(args.weights)
     try:  # as if they had been typed before the others: checked alike, and overruled by them
         typed = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value != ""]
         args = parser.parse_args([*typed, *argv])
     except UserError as error:
         raise UserError(f"{file}: expected options of train.py, got: {error}") from error
-    s = cls(**{option.name: getattr(args, option.name) for option in fields(cls) if getattr(args, option.name) is not None})
+    s = cls(**{option.name: getattr(args, option.name) for option in fields(cls)})
     if not s.data:
         raise UserError(f"--weights {s.weights}: expected --data too, preference data for it, got none")
     for name in ("weights", "tokenizer", "init", "data"):  # --resume may be called from another folder
         if (value := getattr(s, name)) not in ("", TOY) and Path(value).exists():
             setattr(s, name, str(Path(value).resolve()))
     return args, s, folder
-
-
-def check_new(folder):
-    check_writable(folder)
-    if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
-        raise UserError(f"{folder}: expected a new folder, got one with files in it; "
-                        f"resume with --resume {folder}, or choose another --out")
 
 
 def save_settings(folder, s):
@@ -119,13 +108,11 @@ def resume(folder, value_encoder, optimizer, data_key):
     try:
         state = torch.load(regular(file, "a checkpoint"), map_location="cpu", weights_only=True)
         value_encoder.load_state_dict(state["value_encoder"])
-        groups = [group | {"lr": 0} for group in optimizer.state_dict()["param_groups"]]
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         step, before = state["step"], state["data"]
-        sound = groups == [group | {"lr": 0} for group in optimizer.state_dict()["param_groups"]] and all(
-            tensor.shape in ((), p.shape) for p, moments in optimizer.state.items() for tensor in moments.values())
-        if not (sound and type(step) is int and step >= 0):
-            raise ValueError("other settings or shapes of the optimizer")
+        fits = all(x.shape in ((), p.shape) for p, moments in optimizer.state.items() for x in moments.values())
+        if not (fits and type(step) is int and step >= 0):
+            raise ValueError("no number of steps, or moments of other shapes")
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{file}: expected a checkpoint of such a value encoder, got {error!r}") from error
     if before != data_key:
@@ -145,19 +132,13 @@ class Log:
             if os.path.lexists(path) and [line["step"] for line in self.lines] != list(range(steps)):
                 raise ValueError(f"{len(lines)} lines, or others")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: expected a JSON object for each of the first {steps} steps, got {error}") from error
+            raise UserError(f"{path}: expected a JSON object for each of the {steps} steps, got {error}") from error
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # line by line
-        self.board = tensorboard and self.summary_writer(folder / "tensorboard", purge_step=steps)
-
-    @staticmethod
-    def summary_writer(folder, **options):
-        try:
+        if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--tensorboard: expected the package tensorboard, got none (pip install)") from error
-        return SummaryWriter(folder, **options)
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=steps) if tensorboard else None
 
     def add(self, line):
         self.lines.append(line)
@@ -185,9 +166,9 @@ def save_samples(sd, value_encoder, dataset, path, n=6):
     for principle, choices in prompts.items():
         apt = [prompt for prompt in choices if principle in retrieve(prompt)]
         prompt = random.Random(principle).choice(apt or choices)
-        base, livo = ([image for _, image, _ in generate(sd, prompt, "", principles, value_encoder, range(n), fraction=1,
-                                                         **SAMPLING)] for principles in ([], [principle]))
-        rows += [("without a principle", base), (f"{principle}: {prompt}", livo)]
+        for caption, principles in ("without a principle", []), (f"{principle}: {prompt}", [principle]):
+            images = generate(sd, prompt, "", principles, value_encoder, range(n), fraction=1, **SAMPLING)
+            rows.append((caption, [image for _, image, _ in images]))
     with atomic(path) as temporary:
         captioned(rows).save(temporary)
 
@@ -213,8 +194,9 @@ def caught_signals():
 
 def join_processes(device):
     """Under torchrun: join the other processes. They wait while one of them encodes the data."""
+    from formats.processes import check_environment, meet
+    check_environment()
     if "RANK" in os.environ:
-        from formats.processes import meet
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2),
                                 store=dist.PrefixStore("livo", meet(RANK, WORLD)), rank=RANK, world_size=WORLD)
         atexit.register(dist.destroy_process_group)

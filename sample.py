@@ -10,6 +10,7 @@ retriever finds the principles that apply to the prompt (retrieve.py).
 
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,8 +82,8 @@ def generate(sd, prompt, negative, principles, value_encoder, seeds, *, fraction
     unpadded: the context of the authors' inference code. settings: see `sample_images`.
     """
     gets = {p: spread(len(seeds), fraction if fraction is not None else 0.5 if is_bias(p) else 1) for p in principles}
-    active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]
-    for chosen in sorted(set(active), key=len):
+    active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]  # principles of each image
+    for chosen in sorted(set(active), key=len):  # images of equal principles have equal contexts
         rows = [row for row in range(len(seeds)) if active[row] == chosen]
         form = livo
         if unpadded and chosen:
@@ -168,8 +169,8 @@ def parse_args(argv=None):
     add, count = parser.add_argument, number(int, 1, 10_000)
     add("--prompt", required=True, help="what to generate; may be empty")
     add("--negative", default="", help="negative prompt, with --guidance above 1")
-    add("--principle", action="append", help="auto, none or a text such as 'gender equality'; given more than once, one "
-        "value token each; auto retrieves from the prompt (default: auto)")
+    add("--principle", action="append", help="auto, none or a text such as 'gender equality'; given more than once, "
+        "one value token each; auto retrieves from the prompt (default: auto)")
     add("--value-encoder", help="folder or hub name; by default the value_encoder/ in the folder of the weights")
     add("--value-fraction", type=number(float, 0, 1), help="fraction of the images that get the value token (default: "
         "0.5 for bias principles, 1 for others)")
@@ -215,24 +216,25 @@ def main(argv=None):
     if value_encoder is not None:
         texts |= {"value_encoder": args.value_encoder or "beside the weights", "value_fraction": args.value_fraction,
                   "unpadded": args.unpadded}
-    seeds, active = range(args.seed, args.seed + args.n), [()] * args.n
+    seeds, counts = range(args.seed, args.seed + args.n), Counter()  # counts: images of each principle
     images, base_images = [None] * args.n, [None] * args.n
     with tqdm(total=args.n * args.steps * (1 + args.compare), disable=None) as bar:  # None: if stderr is no terminal
         settings |= {"fraction": args.value_fraction, "unpadded": args.unpadded, "batch_size": args.batch_size,
                      "after_step": bar.update}
-        for row, image, chosen in generate(sd, args.prompt, args.negative, principles, value_encoder, seeds, **settings):
-            images[row], active[row] = image, chosen
+        of_prompt = partial(generate, sd, args.prompt, args.negative, seeds=seeds, **settings)
+        for row, image, chosen in of_prompt(principles, value_encoder):
+            images[row] = image
+            counts.update(chosen)
             save_png(image, args.out / f"{row:04}.png",
                      texts | {"seed": seeds[row], "principle": ", ".join(chosen) or "none"})
         if args.compare:
-            for row, image, _ in generate(sd, args.prompt, args.negative, [], None, seeds, **settings):
+            for row, image, _ in of_prompt([], None):
                 base_images[row] = image
 
     texts |= {"seed": args.seed, "n": args.n, "principle": ", ".join(principles) or "none"}
     if args.n > 1:
         save_png(grid(images), args.out / "grid.png", texts)
     if args.compare:
-        counts = Counter(principle for chosen in active for principle in chosen)
         caption = "; ".join(f"{principle}, in {counts[principle]} of {args.n}" for principle in principles)
         rows = [("without a principle", base_images), (caption or "none", images)]
         save_png(captioned(rows), args.out / "compare.png", texts)

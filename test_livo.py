@@ -25,10 +25,11 @@ import latents
 import sample
 import train
 import weights
-from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from clip_text import CLIPTextModel, CLIPTokenizer
 from conftest import (REPOSITORY, SD1, SHARED, TINY_SD, TOKENIZER, UNETS, assert_close, gradients, pairs_of, pixels,
                       relative, run_settings, settings, start, trained_a_little, wait_for_steps, write_pipeline)
 from diffusion import Schedule, ddim_step, denoise, dpm_step, sample_noise, x0_and_eps
+from formats.checks import text_config
 from livo import aligned_hinge, bradley_terry_loss, livo_loss, make_context, make_uncond, spread, violating_hinge
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE, retrieve
 from sample import generate, sample_images
@@ -36,7 +37,6 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 # ── The loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def random_errors(n=64):
     torch.manual_seed(0)
@@ -80,7 +80,6 @@ def test_bradley_terry_exceeds_its_hinge_by_at_most_log_2():
 
 # ── The context and the retriever ────────────────────────────────────────────────────────────────────────────────────
 
-
 @torch.no_grad()
 def test_value_tokens_precede_the_prompt_embeddings(shipped):
     sd, value_encoder = shipped
@@ -118,8 +117,6 @@ def test_bias_principles_act_on_half_of_the_images_and_the_others_are_the_base_m
     base, gender, bloody = images([]), images([GENDER]), images([BLOODY])
     assert [a == b for a, b in zip(base, gender)] == [False, True, False, True]
     assert not any(a == b for a, b in zip(base, bloody))
-    context = make_context(sd, ["a doctor"]).expand(4, -1, -1)
-    assert [image.tobytes() for image in sample_images(sd, context, make_uncond(sd, context.shape[1]), range(4), **options)] == base
 
 
 @pytest.mark.parametrize("prompt, expected", {
@@ -142,7 +139,6 @@ def test_auto_applies_toxic_principles_alone():
     assert sample.choose_principles(["none"], "a bloody doctor") == []
 
 # ── A training step ──────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_step_equals_one_with_transformers_and_diffusers(sd, dataset, folder, prediction, tmp_path):
@@ -247,8 +243,8 @@ def test_preservation_pairs_are_held_to_the_reference_models_prediction(sd, data
 
 # ── Sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SPACED = {spacing: SD1 | {"timestep_spacing": spacing} for spacing in ("leading", "linspace", "trailing")}
-CONFIGS = SPACED | {"v": SD1 | {"prediction_type": "v_prediction"}, "plain": {"steps_offset": 1, "clip_sample": False}}
+CONFIGS = {spacing: SD1 | {"timestep_spacing": spacing} for spacing in ("leading", "linspace", "trailing")} | {
+    "v": SD1 | {"prediction_type": "v_prediction"}, "plain": {"steps_offset": 1, "clip_sample": False}}
 
 
 def model(x, t):
@@ -372,7 +368,6 @@ def test_command_generates_what_diffusers_generates(prediction, tmp_path):
 
 # ── The networks ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @pytest.mark.parametrize("config", UNETS.values(), ids=UNETS)
 def test_unet_and_its_gradient_equal_diffusers(config):
     torch.manual_seed(0)
@@ -426,7 +421,7 @@ def test_text_encoder_equals_transformers(config, pad):
     reference = transformers.CLIPTextModel(transformers.CLIPTextConfig(bos_token_id=0, **config)).eval()
     for parameter in reference.parameters():  # norms would start at one and biases at zero
         torch.nn.init.normal_(parameter, std=0.3)
-    ours = CLIPTextModel(CLIPTextConfig.from_dict(reference.config.to_dict()))
+    ours = CLIPTextModel(text_config(reference.config.to_dict()))
     ours.load_state_dict({"text_model." + key.removeprefix("text_model."): value
                           for key, value in reference.state_dict().items()})
     end = ours.config.eos_token_id
@@ -443,18 +438,18 @@ def test_text_encoder_equals_transformers(config, pad):
 
 
 @pytest.mark.filterwarnings("ignore:prompt cut")
-@pytest.mark.parametrize("folder", [TINY_SD / "tokenizer", TOKENIZER, pytest.param(SHARED / "clip-tokenizer", marks=pytest.mark.skipif(
-    not (SHARED / "clip-tokenizer").is_dir(), reason="no CLIP vocabulary in ../shared"))], ids=["tiny-sd", "small", "clip"])
+@pytest.mark.parametrize("folder", [TINY_SD / "tokenizer", TOKENIZER, SHARED / "clip-tokenizer"], ids=str)
 def test_tokenizer_equals_transformers(folder):
+    if not folder.is_dir():
+        pytest.skip("no CLIP vocabulary in ../shared")
     texts = ["", " ", "wow!! 100% ok!", "Don't we'LL I'Ve 'S", "a  b\t\tc\r\n", "&amp;amp;", "İstanbul ß ΣΑΣ ﬁ",
              "cafe\u0301", "각 日本語のテキスト", "👩‍👩‍👧‍👦 🇩🇪", "cut <|endoftext|> here", "gender equality, a nurse"]
     ours = CLIPTokenizer(folder)
-    expected = transformers.CLIPTokenizer.from_pretrained(folder)(texts, padding="max_length", truncation=True,
-                                                                  max_length=ours.max_length, return_tensors="pt").input_ids
+    expected = transformers.CLIPTokenizer.from_pretrained(folder)(
+        texts, padding="max_length", truncation=True, max_length=ours.max_length, return_tensors="pt").input_ids
     assert ours(texts).equal(expected) and ours.max_length == (24 if folder == TINY_SD / "tokenizer" else 77)
 
 # ── Pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def test_epoch_visits_every_aligned_image_once_and_a_position_fixes_all_randomness(dataset):
     n = len(dataset)
@@ -477,12 +472,9 @@ def test_cached_latents_and_prompt_embeddings_equal_encoding(sd, dataset):
         for mirrored, image in enumerate((x, x.flip(-1))):
             direct = torch.cat(sd.vae.encode(image))
             torch.testing.assert_close(dataset.latents[row, mirrored].float(), direct, rtol=1e-3, atol=1e-3)
-        embeds = dataset.prompt_embeds[dataset.prompt_rows[entry.prompt]]
-        torch.testing.assert_close(embeds, make_context(sd, [entry.prompt])[0])
-
+        torch.testing.assert_close(dataset.prompt_embeds[entry.prompt], make_context(sd, [entry.prompt])[0])
 
 # ── A run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def test_killed_and_resumed_run_equals_uninterrupted_one(folder, root, whole_run):
     run = folder / "killed"

@@ -27,9 +27,9 @@ from diffusion import Schedule
 from efficiency import checkpoint_layers, keep_freed_memory
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, is_bias, livo_loss, load_value_encoder,
                   make_context, violating_hinge)
-from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new, join_processes, load_preset, one_first,
-                  parse_settings, resume, save_checkpoint, save_samples, save_settings, setting,
-                  sum_over_processes, warn_if_saturated)
+from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, join_processes, load_preset, one_first,
+                  parse_settings, resume, save_checkpoint, save_samples, save_settings, setting, sum_over_processes,
+                  warn_if_saturated)
 from unet import ResnetBlock, SpatialTransformer
 
 TINY_SD = Path(__file__).parent / "tiny-sd"
@@ -65,7 +65,7 @@ class Settings:
     seed: int = setting(0, "of the order of the pairs and of all noise", 0, 2**63)
     save_every: int = setting(500, "steps between checkpoints", 1)
     sample_every: int = setting(1000, "steps between sample sheets", 1)
-    dtype: str = ""  # of the frozen networks
+    dtype: str = ""  # of the frozen networks; its option is that of every command
 
 
 # ── One step ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -79,7 +79,10 @@ def collate(pairs, device):
 
 
 def predict(unet, schedule, eps, t, z, context):
-    """Noise latents z (n·B, 4, h, w) with eps and t of B pairs -> the UNet's output, and its target: two like z, float32."""
+    """Noise latents z with eps and t of B pairs -> the UNet's output, and its target, eps or v: two like z, float32.
+
+    z: (n·B, 4, h, w), those of y_w alone (n = 1), or of y_w and then of y_l (n = 2).
+    """
     n, dtype = len(z) // len(t), unet.conv_in.weight.dtype
     eps, t = eps.repeat(n, 1, 1, 1), t.repeat(n)
     abar = schedule.alphas_cumprod[t].to(z.device)[:, None, None, None]  # (n·B, 1, 1, 1)
@@ -155,8 +158,9 @@ def take_step(step, network, optimizer, add, dataset, timesteps, s):
     optimizer.param_groups[0]["lr"] = learning_rate(step, s)
     optimizer.zero_grad(set_to_none=False)
     errors = torch.zeros(4, s.batch, device=parameters[0].device)
-    for first in range(RANK, s.batch, WORLD * s.micro_batch):
-        rows = range(first, s.batch, WORLD)[:s.micro_batch]
+    mine = range(RANK, s.batch, WORLD)  # the rows of the batch that this process has
+    for start in range(0, len(mine), s.micro_batch):
+        rows = mine[start:start + s.micro_batch]
         errors[:, list(rows)] = add([dataset.pair(step * s.batch + row, s.seed, timesteps) for row in rows])
     sum_over_processes(errors, *(parameter.grad for parameter in parameters))
 
@@ -196,7 +200,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     start = resume(folder, value_encoder, optimizer, dataset.key)
     add = partial(add_gradient, sd, value_encoder, schedule=schedule, s=s)
     if RANK == 0:
-        save_settings(folder, s)  # nothing is refused any more
+        save_settings(folder, s)  # of a resumed run, which nothing refuses any more
         log = Log(folder, start, tensorboard)
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
@@ -212,7 +216,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
             log.add(line)
             if done % 50 == 0:
                 warn_if_saturated(log.lines[-50:], s)
-            if done % s.sample_every == 0 and done < s.steps and not stop:  # a kill loses none
+            if done % s.sample_every == 0 and done < s.steps and not stop:  # before the checkpoint: a kill loses none
                 save_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
             if done % s.save_every == 0 or done == s.steps or stop:
                 save_checkpoint(folder, value_encoder, optimizer, done, dataset.key)
@@ -241,8 +245,9 @@ def summarize(step, errors, gamma1, gamma2, s):
 def parse_args(argv=None):
     parser = Parser(description="Train a value encoder with the LiVO loss.")
     add_options(parser, Settings, load_preset(TINY_SD))
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/livo)")
-    parser.add_argument("--resume", type=Path, help="folder of a run to resume; options given anew win")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--out", type=Path, help="folder of the run (default: runs/livo)")
+    folder.add_argument("--resume", type=Path, help="folder of a run to resume; options given anew win")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
     add_device_options(parser, default="bf16 on CUDA, else fp32")
@@ -268,10 +273,8 @@ def carry_out(args, s, folder, sd):
     """Read the data, train, and write the results."""
     if s.data == TOY:
         from lab import toy  # the one place where the core imports the lab
-    if not args.resume:
-        check_new(folder)  # again, as another run may have ended here meanwhile
-        if RANK == 0:
-            save_settings(folder, s)  # before the long work, so that it can be resumed
+    if RANK == 0 and not args.resume:
+        save_settings(folder, s)  # before the long work, so that it can be resumed
     with one_first():
         root = toy.default_pairs(folder.parent) if s.data == TOY else s.data
         dataset = PreferenceDataset(root, sd, folder.parent / "cache")

@@ -12,6 +12,7 @@ SD 1.x and 2.x (arXiv 2112.10752) are two configurations of this one class. Attr
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,18 +53,6 @@ def timestep_embedding(t, channels):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
-    """An MLP on the sinusoids: (B, C) -> (B, 4C)."""
-
-    def __init__(self, channels, time_channels):
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, time_channels)
-        self.linear_2 = nn.Linear(time_channels, time_channels)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class ResnetBlock(nn.Module):
     """Two 3×3 convolutions, residual: (B, C_in, H, W), time_emb (B, 4C) or, in the VAE, none -> (B, C_out, H, W)."""
 
@@ -83,17 +72,6 @@ class ResnetBlock(nn.Module):
             h = h + self.time_emb_proj(time_emb)[:, :, None, None]
         h = self.conv2(norm_silu(self.norm2, h))
         return self.conv_shortcut(x) + h
-
-
-class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.conv(x)
 
 
 class Upsample(nn.Module):
@@ -138,16 +116,6 @@ class GEGLU(nn.Module):
         return gelu_gate(self.proj(x))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        # Identity: the place of a dropout in the checkpoint's numbering, with rate 0 in Stable Diffusion
-        self.net = nn.Sequential(GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward: x (B, N, C), context (B, L, D) -> (B, N, C)."""
 
@@ -158,12 +126,14 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.attn2 = Attention(channels, heads, context_channels, upcast)
         self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
+        # Identity: the place of a dropout in the checkpoint's numbering, with rate 0 in Stable Diffusion
+        net = nn.Sequential(GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff.net(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -204,7 +174,8 @@ class Block(nn.Module):
         if heads:
             self.attentions = nn.ModuleList(SpatialTransformer(channels, heads, config) for _ in channels_in)
         if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(channels)])
+            conv = Conv2d(channels, channels, 3, stride=2, padding=1)
+            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(channels)])
 
@@ -215,13 +186,13 @@ class Block(nn.Module):
 
 class DownBlock(Block):
     def forward(self, x, time_emb, context):
-        """(B, C_in, H, W) -> (B, C, H/2, W/2), and every intermediate feature map as a skip connection."""
+        """(B, C_in, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉), and every intermediate feature map as a skip connection."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time_emb, context)
             skips.append(x)
         if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
+            x = self.downsamplers[0].conv(x)
             skips.append(x)
         return x, skips
 
@@ -262,9 +233,12 @@ class UNet(nn.Module):
         down_heads = [h if "CrossAttn" in kind else None for h, kind in zip(heads, config.down_block_types)]
         up_heads = [h if "CrossAttn" in kind else None for h, kind in zip(reversed(heads), config.up_block_types)]
 
-        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
+        c, time_channels = channels[0], 4 * channels[0]
+        self.time_embedding = nn.Sequential(OrderedDict(
+            linear_1=nn.Linear(c, time_channels), act=nn.SiLU(), linear_2=nn.Linear(time_channels, time_channels)))
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
 
+        # A level has n residual blocks in the down path, n + 1 in the up path: one for each skip connection.
         self.down_blocks, skip_channels = nn.ModuleList(), [channels[0]]
         for i, c in enumerate(channels):
             channels_in = [skip_channels[-1]] + [c] * (n - 1)
@@ -286,7 +260,7 @@ class UNet(nn.Module):
         return F.silu(self.time_embedding(sinusoids.to(self.conv_in.weight.dtype)))
 
     def forward(self, x, t, context):
-        """Noisy latents x (B, 4, H, W), timesteps t (B,), one for all, or `embed(t)`, context (B, L, D) -> eps or v like x."""
+        """Noisy latents x (B, 4, H, W), timesteps t (B,), one for all or `embed(t)`, context (B, L, D) -> eps or v."""
         t = torch.as_tensor(t, device=x.device)
         time_emb = t if t.dim() == 2 else self.embed(t.reshape(-1))  # (B, 4C) or (1, 4C)
         x = self.conv_in(x)

@@ -9,7 +9,9 @@ the published weights overflow, and the images come out black.
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -37,17 +39,6 @@ class VAEConfig:
     def factor(self):
         """Pixels per latent pixel, in each direction."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-
-class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2). Unlike the UNet's, it pads at the bottom and on the right only."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class PixelAttention(nn.Module):
@@ -80,11 +71,11 @@ class Block(nn.Module):
 
     def __init__(self, c_in, c_out, layers, groups, downsample=False, upsample=False):
         super().__init__()
-        widths = [c_in] + [c_out] * layers
         self.resnets = nn.ModuleList(
-            ResnetBlock(a, b, groups=groups, eps=NORM_EPS) for a, b in zip(widths, widths[1:]))
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+            ResnetBlock(*widths, groups=groups, eps=NORM_EPS) for widths in pairwise([c_in] + [c_out] * layers))
+        if downsample:  # unlike the UNet's, it pads at the bottom and on the right only
+            pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c_out, c_out, 3, stride=2)
+            self.downsamplers = nn.ModuleList([nn.Sequential(OrderedDict(pad=pad, conv=conv))])
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
@@ -104,9 +95,8 @@ class Encoder(nn.Module):
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Block(c_in, c_out, config.layers_per_block, groups, downsample=i < len(channels) - 1)
-            for i, (c_in, c_out) in enumerate(zip(channels[:1] + channels[:-1], channels))
-        )
+            Block(*widths, config.layers_per_block, groups, downsample=i < len(channels) - 1)
+            for i, widths in enumerate(pairwise(channels[:1] + channels)))
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
@@ -128,9 +118,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
         self.up_blocks = nn.ModuleList(
-            Block(c_in, c_out, config.layers_per_block + 1, groups, upsample=i < len(channels) - 1)
-            for i, (c_in, c_out) in enumerate(zip(channels[:1] + channels[:-1], channels))
-        )
+            Block(*widths, config.layers_per_block + 1, groups, upsample=i < len(channels) - 1)
+            for i, widths in enumerate(pairwise(channels[:1] + channels)))
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 

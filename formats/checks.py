@@ -4,7 +4,7 @@ import re
 import warnings
 from dataclasses import fields
 
-from clip_text import CLIPTextConfig, CLIPTextModel
+from clip_text import ACTIVATIONS, CLIPTextConfig, CLIPTextModel
 from common import UserError, read_json
 from formats.fields import check_fields
 from unet import UNet, UNetConfig
@@ -30,6 +30,14 @@ BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpB
                "UpDecoderBlock2D")
 MID_BLOCK_TYPES = ("UNetMidBlock2DCrossAttn", None)
 PREDICTIONS = ("epsilon", "v_prediction")
+SCHEDULER = {  # options of scheduler_config.json and the values that diffusion.py supports
+    "beta_schedule": ("linear", "scaled_linear"), "prediction_type": PREDICTIONS,
+    "timestep_spacing": ("leading", "linspace", "trailing"), "trained_betas": (None,),
+    "rescale_betas_zero_snr": (None, False), "thresholding": (None, False)}
+SCHEDULER_DPM = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
+                               "use_flow_sigmas"), (None, False)) | {  # read for DPM-Solver++ alone
+    "algorithm_type": (None, "dpmsolver++"), "solver_order": (None, 2), "solver_type": (None, "midpoint"),
+    "final_sigmas_type": (None, "zero")}
 SIGNS = {  # the start of a file's name -> what the folder is instead
     "transformer/": "an SD3 or Flux checkpoint",
     "text_encoder_2/": "an SDXL checkpoint",
@@ -75,12 +83,28 @@ def text_encoder_folder(path, source):
     return path / text_encoder_prefix(listing(path), source)
 
 
+def text_config(config):
+    """The dictionary in a text encoder's config.json -> CLIPTextConfig. Raises UserError if it is unsupported."""
+    names = [field.name for field in fields(CLIPTextConfig)]
+    if config.get("model_type", "clip_text_model") != "clip_text_model":
+        raise UserError(f"expected model_type clip_text_model, got {config['model_type']}")
+    if missing := [name for name in names if name not in config]:
+        raise UserError(f"expected {', '.join(missing)} in its config, got none")
+    if config["hidden_act"] not in ACTIVATIONS:
+        raise UserError(f"expected hidden_act {' or '.join(ACTIVATIONS)}, got {config['hidden_act']}")
+    config = CLIPTextConfig(**{name: config[name] for name in names})
+    if config.eos_token_id == 2:
+        # Published files of SD say 2, the id of "#". The end of text is CLIP's 49407, or a small vocabulary's last.
+        config.eos_token_id = min(49407, config.vocab_size - 1)
+    return config
+
+
 def read_config(path, network):
     """config.json -> the config of a UNet, VAE or CLIPTextModel. Raises UserError for any other."""
     config = read_json(path)
     if network is CLIPTextModel:
         try:
-            return check_fields(CLIPTextConfig.from_dict(config), path)
+            return check_fields(text_config(config), path)
         except (UserError, TypeError) as error:
             raise UserError(f"{path}: expected the config of a text encoder, got: {error}") from error
     # None, False, 0 and a missing key are the same.
@@ -111,6 +135,13 @@ def correct_sample_size(config, version, path):
     return config
 
 
+def check_scheduler(config, supported=SCHEDULER):
+    """Raise UserError for an option of scheduler_config.json that is not supported."""
+    for key, values in supported.items():
+        if key in config and config[key] not in values:
+            raise UserError(f"scheduler_config.json: expected {key} {' or '.join(map(str, values))}, got {config[key]}")
+
+
 def check_fit(sub_models, tokenizer, prediction_type, source):
     """-> the prediction type. Raises UserError where it is unknown, or where the sub-models do not fit together."""
     unet, vae, text = (sub_models[name].config for name in ("unet", "vae", "text_encoder"))
@@ -130,6 +161,15 @@ def check_fit(sub_models, tokenizer, prediction_type, source):
         raise UserError(f"{source}: expected prediction_type {' or '.join(PREDICTIONS)}, got {prediction_type}")
     fit_to_tokenizer(text, tokenizer, source)
     return prediction_type or "epsilon"
+
+
+def check_value_encoder(config, sd, source):
+    """Raise UserError for a value encoder's CLIPTextConfig that does not fit the model. Sets its end-of-text id."""
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
+        got, expected = getattr(config, key), getattr(sd.text_encoder.config, key)
+        if got != expected:
+            raise UserError(f"{source}: expected a value encoder for this model, with {key} {expected}, got {got}")
+    config.eos_token_id = sd.tokenizer.eos_token_id
 
 
 def fit_to_tokenizer(config, tokenizer, source):

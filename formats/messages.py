@@ -17,6 +17,7 @@ ARGPARSE = {
     r"expected (one|at least one) argument": "expected a value, got none",
     r"ignored explicit argument (.*)": r"expected no value, got \1",
     r"^the following arguments are required: (.*)": r"expected \1, got none",
+    r"not allowed with argument (.*)": r"expected it without \1, got both",
     r"^ambiguous option: (.*) could match (.*)": r"expected one of \2, got \1",
     r"^unrecognized arguments: (.*)": r"expected the options of --help, got \1",
 }

@@ -25,6 +25,7 @@ import weights
 from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from conftest import SHARED, TINY_SD, TOKENIZER, edit_json, pixels, refused
 from formats import unpadded
+from formats.checks import text_config
 from formats.export import save, save_tokenizer
 from formats.files import weight_files
 from formats.fixtures import CORPUS, fetch
@@ -342,8 +343,8 @@ def test_sample_size_of_old_conversions_is_that_of_diffusers(sd_folder, version,
     assert [str(warning.message)[-14:] for warning in caught] == ["is taken as 64"] * (expected == 64)
 
 
-def test_text_config_from_dict():
-    good, read = vars(CLIPTextConfig()), CLIPTextConfig.from_dict
+def test_text_config():
+    good, read = vars(CLIPTextConfig()), text_config
     assert read(good | {"projection_dim": 768, "model_type": "clip_text_model"}) == CLIPTextConfig()
     for vocab_size, eos in ((49408, 49407), (49409, 49407), (600, 599)):  # published files say 2
         assert read(good | {"eos_token_id": 2, "vocab_size": vocab_size}).eos_token_id == eos

@@ -10,8 +10,8 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from common import UserError, read_json
-from latents import open_image
 from data import is_preservation, read_lines, read_sample
+from formats.images import open_image
 from sample import captioned
 
 SCENES, COLUMNS, SIDE = 3, 8, 96  # of a contact sheet: scenes per principle, images per row, pixels

@@ -21,7 +21,7 @@ from torch import nn
 
 from clip_text import ACTIVATIONS, CLIPEncoderLayer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from common import UserError, atomic_folder, read_json, write_json
-from formats.checks import fit_to_tokenizer, listing
+from formats.checks import fit_to_tokenizer, listing, text_config
 from formats.export import save_tokenizer
 from formats.fields import check_fields
 from formats.files import weight_files
@@ -63,7 +63,7 @@ class CLIPConfig:
         if config.get("model_type", "clip") != "clip" or not all(isinstance(part, dict) for part in parts):
             raise UserError("expected model_type clip with a text_config and a vision_config, "
                             f"got model_type {config.get('model_type')}")
-        text = CLIPTextConfig.from_dict(TEXT_DEFAULTS | parts[0])
+        text = text_config(TEXT_DEFAULTS | parts[0])
         names = [field.name for field in fields(CLIPVisionConfig)]
         vision = CLIPVisionConfig(**{name: parts[1][name] for name in names if name in parts[1]})
         if vision.hidden_act not in ACTIVATIONS:
