@@ -286,27 +286,6 @@ def test_pickles_execute_nothing(sd_folder, tmp_path, zipped):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_every_tensor_is_accounted_for(sd_folder):
-    file = sd_folder / "unet" / WEIGHTS
-    state = load_file(file)
-    for name in [n for n in state if n.startswith("mid_block.resnets.0")]:
-        state["stray." + name] = state.pop(name)
-    state["conv_in.weight"] = torch.zeros(5, 4, 3, 3)
-    save_file(state, file)
-    message = refused("unet: expected the .* tensors of a UNet", weights.load, sd_folder)
-    assert "10 missing: mid_block.resnets.0" in message and "10 unexpected: stray." in message
-    assert "1 of another shape: conv_in.weight (5, 4, 3, 3) for (32, 4, 3, 3)" in message and len(message) < 700
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_damaged_files(tmp_path, suffix):
-    file, state = tmp_path / f"sd{suffix}", {"model.diffusion_model.x": torch.zeros(1000)}
-    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
-    for content in (file.read_bytes()[:-500], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b""):
-        file.write_bytes(content)
-        refused(re.escape(f"{file}: expected a file of tensors, got"), weights.load, file)
-
-
 @pytest.mark.parametrize("network, key, value", [
     ("unet", "_class_name", "ControlNetModel"), ("unet", "dual_cross_attention", True), ("unet", "freq_shift", 1),
     ("unet", "class_embed_type", "timestep"), ("unet", "resnet_time_scale_shift", "scale_shift"),
@@ -369,20 +348,18 @@ def test_other_model_families_are_named(pipe, sd_folder, tmp_path):
 # ── Value encoders ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_value_encoder_files(pipe, published, tmp_path):
-    mine = tmp_path / "mine"
-    pipe.text_encoder.save_pretrained(tmp_path / "livo/value_encoder")
-    for source in (tmp_path / "livo", tmp_path / "livo/value_encoder"):
-        model = weights.load_text_encoder(source)
-        assert all(torch.equal(t, published_names(pipe.text_encoder)[name]) for name, t in model.state_dict().items())
+def test_value_encoder_files(published, tmp_path):
+    mine, model = tmp_path / "mine", weights.load_text_encoder(published / "text_encoder")
     for _ in range(2):  # the next checkpoint replaces the last
-        weights.save_text_encoder(model, mine)
-    assert all(name.startswith("text_model.") for name in load_file(mine / "model.safetensors"))
-    refused("expected the config.json of a text encoder", weights.load_text_encoder, published)
-    refused("got a file", weights.load_text_encoder, mine / "config.json")
+        weights.save_text_encoder(model, mine / "value_encoder")
+    assert all(name.startswith("text_model.") for name in load_file(mine / "value_encoder/model.safetensors"))
     # training does not write through the mapping into the file
     weights.load_text_encoder(mine).requires_grad_().text_model.final_layer_norm.weight.data.fill_(7)
-    assert (weights.load_text_encoder(mine).text_model.final_layer_norm.weight != 7).all()
+    for source in (mine, mine / "value_encoder"):
+        again = weights.load_text_encoder(source).state_dict()
+        assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
+    refused("expected the config.json of a text encoder", weights.load_text_encoder, published)
+    refused("got a file", weights.load_text_encoder, mine / "value_encoder/config.json")
 
 
 def test_a_reader_always_finds_a_complete_value_encoder(published, tmp_path):
@@ -546,18 +523,14 @@ def test_padding_length_is_that_of_the_tokenizer(sd_folder, length, n):
 
 
 @pytest.mark.parametrize("files, message", [
-    ({"vocab.json": None}, "expected CLIP's vocab.json and merges.txt"),
-    ({"merges.txt": "a b c\n"}, "expected CLIP's vocab.json and merges.txt"),
-    ({"merges.txt": "a zebra\n"}, "zebra"),
-    ({"tokenizer.json": '{"model": {}}'}, "KeyError"),
+    ({"merges.txt": "a zebra\n"}, "zebra"), ({"tokenizer.json": '{"model": {}}'}, "KeyError"),
     ({"special_tokens_map.json": '{"pad_token": "<pad>"}'}, "expected <pad> in the vocabulary"),
     ({"vocab.json": json.dumps({"a": 0, "a</w>": 1, "aa</w>": 2, BOS: 3, EOS: 3}), "merges.txt": "a a</w>"},
-     "expected the ids 0 to 4 once each"),
-], ids=str)
+     "expected the ids 0 to 4 once each")], ids=str)
 def test_unusable_vocabularies(tmp_path, files, message):
+    """Damaged files are in lab/test_campaign.py."""
     shutil.copytree(TOKENIZER, tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer_config.json").unlink()  # so that special_tokens_map.json is read
     for name, content in files.items():
-        (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content)
     assert str(tmp_path) in refused(message, CLIPTokenizer, tmp_path)
-    refused("expected Unicode text, got surrogates", CLIPTokenizer(TOKENIZER), ["a cat", "bad \ud800 cat"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weights
-from conftest import REPOSITORY, TOKENIZER, assert_close, edit_json, refused
+from conftest import REPOSITORY, TOKENIZER, ImageProcessor, assert_close, edit_json, refused
 from formats.fixtures import fetch
 from lab import clip_image, evaluate, portraits
 from lab.captions import with_article
@@ -24,11 +24,6 @@ from lab.prompts import prompt_sets, read_prompts
 from lab.test_evaluate import record_calls
 from livo import ValueEncoder
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
-
-try:  # transformers 5 gives the plain name to the one that needs torchvision
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ImageProcessor
-except ImportError:
-    from transformers import CLIPImageProcessor as ImageProcessor
 
 CLIPS = {
     "eos 2, as published": (dict(eos_token_id=2), dict()),
