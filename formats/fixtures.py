@@ -101,7 +101,21 @@ def hub(published, tmp_path):
     server.server_close()
 
 
-def fetch(env, call):
-    """The call in a process of its own: huggingface_hub reads the environment when it is imported."""
-    code = f"import common, weights, lab.clip_image\ncommon.run(lambda: print('loaded', type({call}).__name__))"
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=REPOSITORY)
+FETCH = """
+import sys, warnings, common, weights, lab.clip_image
+for call in sys.argv[1:]:
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            print(type(eval(call)).__name__, *(warning.message for warning in caught))
+        except common.UserError as error:
+            print("error:", common.one_line(error))
+"""
+
+
+def fetch(env, *calls):
+    """-> for each call a line, what it loads and warns of, or its error.
+
+    In a process of its own, because huggingface_hub reads the environment when it is imported.
+    """
+    return subprocess.run([sys.executable, "-c", FETCH, *calls], env=env, stdout=subprocess.PIPE, text=True,
+                          cwd=REPOSITORY, check=True).stdout.splitlines()

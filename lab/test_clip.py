@@ -166,7 +166,7 @@ def test_clip_from_the_hub(hub, tmp_path):
     write_clip(tmp_path / "repo" / "clip")
     for junk in ("flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"):
         (tmp_path / "repo" / "clip" / junk).write_bytes(b"should not be fetched")
-    assert fetch(env, "lab.clip_image.load_clip('someone/sd:clip')").stdout == "loaded CLIP\n"
+    assert fetch(env, "lab.clip_image.load_clip('someone/sd:clip')") == ["CLIP"]
     fetched = {name.removeprefix("clip/") for name in requested}
     assert {"config.json", "model.safetensors", PREPROCESSOR, "vocab.json", "merges.txt"} <= fetched
     assert fetched <= {"config.json", "model.safetensors", PREPROCESSOR, *clip_image.TOKENIZER_FILES}

@@ -181,9 +181,8 @@ def test_a_set_is_finished_although_scenes_are_given_up(tiny, tmp_path, monkeypa
 
 
 def test_the_toy_classifiers_predictions_become_classes(tiny, tmp_path, monkeypatch):
-    classify = dataset.toy_classes(StubClassifier())
     images = [Image.new("RGB", (64, 64), (i, 0, 0)) for i in (1, 0)]
-    classes = {p.value: classify(p, "", images) for p in TOY_PRINCIPLES}
+    classes = {p.value: dataset.classify_toy(StubClassifier(), p, "", images) for p in TOY_PRINCIPLES}
     assert classes[GENDER] == ["man", "woman"] and classes[RACE] == ["light", "pale"]
     assert classes[SMOKING] == ["smoking", "no smoking"] and classes[ZOMBIE] == ["zombie", "no zombie"]
     monkeypatch.setattr(dataset, "TOY_PRINCIPLES", (AGE,))
