@@ -23,6 +23,11 @@ import numpy as np
 import pytest
 import transformers
 
+try:  # transformers 5 gives the plain name to the one that needs torchvision
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ImageProcessor
+except ImportError:
+    from transformers import CLIPImageProcessor as ImageProcessor
+
 import data
 import train
 import weights

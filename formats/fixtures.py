@@ -14,23 +14,13 @@ import diffusers
 import pytest
 
 from conftest import REPOSITORY, SD1, diffusers_pipeline, levels
-from lab.tokenizer import train_tokenizer
-
-CORPUS = 4 * [
-    "a photo of a small cat on a red sofa", "a photo of the cat, café au lait, 8k", "don't paint the red cat",
-    "a painting of two small dogs on the sofa", "the photo of a photo, highly detailed, highly realistic"]
-
-
-@pytest.fixture(scope="session")
-def small_tokenizer():
-    return train_tokenizer(CORPUS, 560)
 
 
 def full_vocabulary_pipeline(sd2):
     """Small, but with the vocabulary and the number of norm groups of the published models, which files do not tell."""
     scheduler = diffusers.DDIMScheduler.from_config(
         SD1 | {"prediction_type": "v_prediction" if sd2 else "epsilon"})
-    unet = dict(cross_attention_dim=64, sample_size=64, use_linear_projection=sd2)
+    unet = dict(cross_attention_dim=64, sample_size=96 if sd2 else 64, use_linear_projection=sd2, upcast_attention=sd2)
     unet |= levels(64, 128) | dict(attention_head_dim=[1, 2]) if sd2 else levels(32, 64, 64) | dict(layers_per_block=1)
     text = dict(vocab_size=49408, hidden_size=64, intermediate_size=96, num_attention_heads=1, eos_token_id=2,
                 hidden_act="gelu" if sd2 else "quick_gelu")
@@ -111,7 +101,21 @@ def hub(published, tmp_path):
     server.server_close()
 
 
-def fetch(env, call):
-    """weights.<call> in a process of its own: huggingface_hub reads the environment when it is imported."""
-    code = f"import common, weights\ncommon.run(lambda: print('loaded', type(weights.{call}).__name__))"
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=REPOSITORY)
+FETCH = """
+import sys, warnings, common, weights, lab.clip_image
+for call in sys.argv[1:]:
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            print(type(eval(call)).__name__, *(warning.message for warning in caught))
+        except common.UserError as error:
+            print("error:", common.one_line(error))
+"""
+
+
+def fetch(env, *calls):
+    """-> for each call a line, what it loads and warns of, or its error.
+
+    In a process of its own, because huggingface_hub reads the environment when it is imported.
+    """
+    return subprocess.run([sys.executable, "-c", FETCH, *calls], env=env, stdout=subprocess.PIPE, text=True,
+                          cwd=REPOSITORY, check=True).stdout.splitlines()

@@ -11,7 +11,6 @@ import threading
 import types
 import warnings
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -23,17 +22,16 @@ from safetensors.torch import load_file, save_file
 import sample
 import weights
 from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from conftest import SHARED, TINY_SD, TOKENIZER, edit_json, pixels, refused
+from conftest import REPOSITORY, SHARED, TINY_SD, TOKENIZER, edit_json, pixels, refused
 from formats import unpadded
-from formats.checks import text_config
+from formats.compvis import renamed
 from formats.export import save, save_tokenizer
 from formats.files import weight_files
-from formats.fixtures import CORPUS, fetch
+from formats.fixtures import fetch
 from lab.tokenizer import train_tokenizer
 from livo import load_value_encoder
 from retrieve import GENDER
 
-ROOT = Path(weights.__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -45,13 +43,13 @@ def published_names(model):
 
 def assert_same(sd, pipe, dtype=torch.float32):
     for ours, ref in ((sd.unet.state_dict(), pipe.unet.state_dict()), (sd.vae.state_dict(), pipe.vae.state_dict()),
-                         (sd.text_encoder.state_dict(), published_names(pipe.text_encoder))):
+                      (sd.text_encoder.state_dict(), published_names(pipe.text_encoder))):
         assert ours.keys() == ref.keys()
         for name in ours:
             assert torch.equal(ours[name], ref[name].to(dtype).to(ours[name].dtype)), name
 
 
-# ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("how", [
@@ -70,42 +68,34 @@ def test_folders_of_diffusers(pipe, tmp_path, how):
     assert sd.scheduler["prediction_type"] == "epsilon"
 
 
-def test_choice_among_variants():
-    pick = partial(weight_files, where="here")
-    published = ["diffusion_pytorch_model" + end for end in (
-        ".bin", ".fp16.bin", ".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".safetensors.index.json")]
-    assert pick(published, torch.float32) == pick(published, torch.bfloat16) == [WEIGHTS]
-    assert pick(published, torch.float16) == ["diffusion_pytorch_model.fp16.safetensors"]
-    assert pick(["model.fp16.safetensors", "pytorch_model.bin"], torch.float32) == ["model.fp16.safetensors"]
-    assert pick(["pytorch_model.bin", "pytorch_model.fp16.bin", "flax_model.msgpack"], torch.float32) == \
-        ["pytorch_model.bin"]
-    for shard in ("model.fp16-0000{}-of-00002.safetensors", "model-0000{}-of-00002.fp16.safetensors"):
-        assert pick([shard.format(1), shard.format(2)], torch.float32) == [shard.format(1), shard.format(2)]
-        refused("expected 2 shards.*got 1", pick, [shard.format(2)], torch.float32)
-    refused("expected weights", pick, ["openvino_model.bin", "model.onnx"], torch.float32)
+@pytest.mark.parametrize("shard", ["model.fp16-0000{}-of-00002.safetensors", "model-0000{}-of-00002.fp16.safetensors"])
+def test_all_shards_are_needed_under_both_names_of_variants(shard):
+    """The choice between variants is tested by the folders below and by the hub's."""
+    shards = [shard.format(1), shard.format(2)]
+    assert weight_files(["pytorch_model.bin", *shards], torch.float32, "here") == shards
+    refused("expected 2 shards.*got 1", weight_files, shards[1:], torch.float32, "here")
 
 
-def test_dtypes_and_no_copy(published, sd_folder, tmp_path):
-    sd = weights.load(published, dtype=torch.float16)
-    assert {p.dtype for p in sd.unet.parameters()} == {torch.float16} == {p.dtype for p in sd.text_encoder.parameters()}
-    assert {p.dtype for p in sd.vae.parameters()} == {torch.float32}
-    assert weights.load(published, vae_dtype=torch.bfloat16).vae.quant_conv.weight.dtype == torch.bfloat16
-    # float16 takes the fp16 variant where there is one beside the full weights
+def test_float16_takes_the_fp16_variant_and_keeps_the_vae_in_float32(sd_folder):
     file = sd_folder / "unet" / WEIGHTS
     save_file({name: torch.zeros_like(t).half() for name, t in load_file(file).items()},
               file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    assert not weights.load(sd_folder, dtype=torch.float16).unet.conv_in.weight.any()
-    assert weights.load(sd_folder).unet.conv_in.weight.any()
+    sd = weights.load(sd_folder, dtype=torch.float16)
+    assert [next(network.parameters()).dtype for network in (sd.unet, sd.text_encoder, sd.vae)] == [
+        torch.float16, torch.float16, torch.float32]
+    assert not sd.unet.conv_in.weight.any() and weights.load(sd_folder).unet.conv_in.weight.any()
+    assert weights.load(sd_folder, vae_dtype=torch.bfloat16).vae.quant_conv.weight.dtype == torch.bfloat16
 
+
+def test_tensors_of_the_right_dtype_are_not_copied(tmp_path):
     code = ("import sys, torch, weights; m = lambda: int(next(l for l in open('/proc/self/status') if "
             "l.startswith('RssAnon')).split()[1]); b = m(); t = weights.load_text_encoder(sys.argv[1], "
-            "dtype=torch.float16); print(m() - b); assert 'sympy' not in sys.modules")
-    ids = 49408  # 50 MB in float16, on a mapping: no anonymous memory of that size
-    config = CLIPTextConfig(vocab_size=ids, hidden_size=512, num_hidden_layers=0, num_attention_heads=8)
-    weights.save_text_encoder(CLIPTextModel(config), tmp_path / "big", torch.float16)
-    grown = subprocess.run([sys.executable, "-c", code, tmp_path / "big"], capture_output=True, text=True, check=True,
-                           cwd=ROOT).stdout
-    assert int(grown) < 20_000  # KiB
+            "dtype=torch.float16); print(m() - b)")
+    config = CLIPTextConfig(vocab_size=49408, hidden_size=512, num_hidden_layers=0, num_attention_heads=8)
+    weights.save_text_encoder(CLIPTextModel(config), tmp_path, torch.float16)  # 50 MB
+    grown = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True,
+                           cwd=REPOSITORY).stdout
+    assert int(grown) < 20_000  # KiB of anonymous memory: the rest is mapped
 
 
 @pytest.mark.parametrize("old, ones, prefix", [
@@ -113,23 +103,20 @@ def test_dtypes_and_no_copy(published, sd_folder, tmp_path):
     (("q", "k", "v", "proj_out", "norm"), (1, 1), ""), (("q", "k", "v", "proj_out", "norm"), (1,), "")])
 def test_old_parameter_names(pipe, sd_folder, old, ones, prefix):
     """The VAE's attention as in diffusers before 0.17 and in CompVis; CLIP without prefix, with position_ids."""
-    state, renamed = load_file(sd_folder / "vae" / WEIGHTS), {}
+    state, older = load_file(sd_folder / "vae" / WEIGHTS), {}
     for name, t in state.items():
         for new, earlier in zip(("to_q", "to_k", "to_v", "to_out.0", "group_norm"), old):
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{earlier}.")
-        renamed[name] = t.reshape(*t.shape, *ones) if "attentions" in name and t.ndim == 2 else t
-    assert renamed.keys() != state.keys()
-    save_file(renamed, sd_folder / "vae" / WEIGHTS)
+        older[name] = t.reshape(*t.shape, *ones) if "attentions" in name and t.ndim == 2 else t
+    assert older.keys() != state.keys()
+    save_file(older, sd_folder / "vae" / WEIGHTS)
     text = {prefix + name.removeprefix("text_model."): t for name, t in published_names(pipe.text_encoder).items()}
-    file = sd_folder / "text_encoder/model.safetensors"
-    save_file({**text, f"{prefix}embeddings.position_ids": torch.arange(77)[None]}, file)
+    text[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(text, sd_folder / "text_encoder/model.safetensors")
     assert_same(weights.load(sd_folder), pipe)
-    if not prefix:
-        save_file({**text, **{"text_model." + name: t.clone() for name, t in text.items()}}, file)
-        refused("unexpected: e", weights.load, sd_folder)  # every parameter is there twice
 
 
-# ── CompVis files, in the layout of CompVis/stable-diffusion and Stability-AI/stablediffusion ────────────────────
+# ── CompVis files, in the layout of CompVis/stable-diffusion and Stability-AI/stablediffusion ────────────────────────
 
 
 RESNET = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
@@ -149,15 +136,8 @@ OPENCLIP = [(r"text_model\.(embeddings\.|encoder\.)?", ""), ("position_embedding
             ("self_attn", "attn"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj")]
 
 
-def renamed(prefix, state, rules):
-    for pattern, replacement in rules:
-        state = {re.sub(pattern, replacement, name): t for name, t in state.items()}
-    return {prefix + name: t for name, t in state.items()}
-
-
-def compvis(pipe):
-    """The parameters of a diffusers pipeline under the names of CompVis."""
-    config, vae = pipe.unet.config, pipe.vae.state_dict()
+def compvis_unet(pipe):
+    config = pipe.unet.config
     n, attends = config.layers_per_block + 1, ["CrossAttn" in kind for kind in config.up_block_types]
 
     def place(match):
@@ -168,62 +148,107 @@ def compvis(pipe):
         number = level * n + i + (path == "down")
         return f"{'in' if path == 'down' else 'out'}put_blocks.{number}.{int(kind == 'attentions')}"
 
-    unet = [*UNET, (r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)(?:(?<=samplers\.0)\.conv)?", place)]
-    flip = ("up_blocks.(\\d)", lambda match: f"up_blocks.{len(pipe.vae.config.block_out_channels) - 1 - int(match[1])}")
-    vae = {name: t[..., None, None] if "attentions" in name and t.ndim == 2 else t for name, t in vae.items()}
-    state = renamed("model.diffusion_model.", pipe.unet.state_dict(), unet)
-    state |= renamed("first_stage_model.", vae, [flip, *VAE])
+    layer = r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)(?:(?<=samplers\.0)\.conv)?"
+    return renamed(pipe.unet.state_dict(), [*UNET, (layer, place)])
+
+
+def compvis_vae(pipe):
+    top = len(pipe.vae.config.block_out_channels) - 1
+    flip = (r"up_blocks.(\d)", lambda match: f"up_blocks.{top - int(match[1])}")
+    state = renamed(pipe.vae.state_dict(), [flip, *VAE])
+    return {name: t[..., None, None] if "attn_1" in name and t.ndim == 2 else t for name, t in state.items()}
+
+
+def openclip(pipe):
+    """SD 2 uses 23 of OpenCLIP's 24 layers; the last is left out by its number."""
     text = published_names(pipe.text_encoder)
-    if config.use_linear_projection:
-        for kind in ("weight", "bias"):
-            for i in range(2):
-                qkv = [text.pop(f"text_model.encoder.layers.{i}.self_attn.{c}_proj.{kind}") for c in "qkv"]
-                text[f"text_model.encoder.layers.{i}.self_attn.in_proj_{kind}"] = torch.cat(qkv)
-        state |= renamed("cond_stage_model.model.", text, OPENCLIP)
-        # SD 2 uses 23 of the 24 layers; the last is left out by its number
-        unused = ("text_projection", "logit_scale", "transformer.resblocks.23.ln_1.weight")
-        state |= {f"cond_stage_model.model.{name}": torch.ones(64) for name in unused}
+    for kind in ("weight", "bias"):
+        for layer in (f"text_model.encoder.layers.{i}.self_attn." for i in range(2)):
+            text[f"{layer}in_proj_{kind}"] = torch.cat([text.pop(f"{layer}{c}_proj.{kind}") for c in "qkv"])
+    unused = ("text_projection", "logit_scale", "transformer.resblocks.23.ln_1.weight")
+    return renamed(text, OPENCLIP) | {name: torch.ones(64) for name in unused}
+
+
+def compvis(pipe):
+    """The parameters of a diffusers pipeline under the names of CompVis."""
+    if pipe.unet.config.use_linear_projection:  # SD 2
+        text = {f"model.{name}": t for name, t in openclip(pipe).items()}
     else:
-        text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-        state |= renamed("cond_stage_model.transformer.", text, [])
-    state |= {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.tensor(0.9999)}
-    return {name: t.detach().clone().contiguous() for name, t in state.items()}
+        text = published_names(pipe.text_encoder) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+        text = {f"transformer.{name}": t for name, t in text.items()}
+    sections = {"model.diffusion_model": compvis_unet(pipe), "first_stage_model": compvis_vae(pipe),
+                "cond_stage_model": text}
+    state = {f"{prefix}.{name}": t.detach().clone().contiguous() for prefix, tensors in sections.items()
+             for name, t in tensors.items()}
+    return state | {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.tensor(0.9999)}
 
 
-def test_compvis_sd1(pipe, published, tmp_path):
-    state, file = compvis(pipe), tmp_path / "sd.safetensors"
-    save_file(state, file)
-    refused("sd.safetensors: expected CLIP's vocab.json", weights.load, file)
-    sd = weights.load(file, tokenizer=TOKENIZER)
+@pytest.fixture(params=["pipe", "pipe2"])
+def single_file(request, tmp_path):
+    """SD 1 and SD 2 -> the pipeline, its file, and what the file loads to."""
+    pipe, file = request.getfixturevalue(request.param), tmp_path / "sd.safetensors"
+    save_file(compvis(pipe), file)
+    prediction = "v_prediction" if request.param == "pipe2" else None
+    return pipe, file, weights.load(file, tokenizer=TOKENIZER, prediction_type=prediction)
+
+
+def test_compvis_files_load(single_file):
+    pipe, file, sd = single_file
     assert_same(sd, pipe)
     for key, value in vars(sd.unet.config).items():
         ref = pipe.unet.config[key]
         assert value == (tuple(ref) if isinstance(ref, list) else ref), key
-    assert sd.text_encoder.config.eos_token_id == sd.tokenizer.eos_token_id == 703
-    # diffusers' own single-file loader agrees with the layout that this test writes
+    assert sd.scheduler["prediction_type"] == pipe.scheduler.config.prediction_type
+    if pipe.unet.config.use_linear_projection:
+        refused(r"--prediction epsilon\|v_prediction", weights.load, file, tokenizer=TOKENIZER)
+        refused("expected prediction_type epsilon or v_prediction, got x0", weights.load, file, tokenizer=TOKENIZER,
+                prediction_type="x0")
+        assert sd.tokenizer(["a"])[0, -1] == 0  # pads with "!"
+    else:
+        refused("sd.safetensors: expected CLIP's vocab.json", weights.load, file)
+
+
+def test_diffusers_opens_what_we_save(single_file, tmp_path):
+    pipe, file, sd = single_file
+    folder = tmp_path / "out/sd"
+    save(sd, folder)
+    assert os.listdir(tmp_path / "out") == ["sd"]
+    assert_same(weights.load(folder), pipe, torch.float16)
+    assert weights.load(folder).unet.config == sd.unet.config
+    assert load_file(folder / "unet" / WEIGHTS)["conv_in.weight"].dtype == torch.float16
+
+    save(sd, folder, torch.float32)
+    ref = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert_same(sd, ref)
+    assert ref.scheduler.config.prediction_type == sd.scheduler["prediction_type"] and ref.safety_checker is None
+    x, prompts = torch.randn(1, 4, 8, 8), ["a cat", "a dog of some kind"]
+    ids = sd.tokenizer(prompts)
+    assert torch.equal(ids, ref.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids)
+    with torch.no_grad():
+        context, expected = sd.text_encoder(ids[:1])[0], ref.text_encoder(ids[:1])[0]
+        assert torch.allclose(context, expected, atol=1e-4)
+        assert torch.allclose(context, pipe.text_encoder(ids[:1])[0], atol=1e-4)
+        assert torch.allclose(sd.unet(x, torch.tensor([9]), context), ref.unet(x, 9, expected).sample, atol=1e-4)
+        assert torch.allclose(sd.vae.decode(x), ref.vae.decode(x / 0.18215).sample, atol=1e-4)
+    # diffusers' own loader agrees with the CompVis layout that these tests write
     for cls, name in ((diffusers.UNet2DConditionModel, "unet"), (diffusers.AutoencoderKL, "vae")):
-        ref = cls.from_single_file(str(file), config=str(published / name)).state_dict()
-        for key, t in getattr(pipe, name).state_dict().items():
-            assert torch.equal(ref[key], t), key
-
-    shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
-    nested = {re.sub("^first_stage_model", "vae", name): t for name, t in state.items()}
-    torch.save({"state_dict": {"state_dict": nested}}, tmp_path / "nested.ckpt")
-    assert_same(weights.load(tmp_path / "nested.ckpt"), pipe)
+        loaded = cls.from_single_file(str(file), config=str(folder / name)).state_dict()
+        assert all(torch.equal(loaded[key], t) for key, t in getattr(pipe, name).state_dict().items())
 
 
-def test_compvis_sd2(pipe2, tmp_path):
-    save_file(compvis(pipe2), tmp_path / "sd2.safetensors")
-    load = partial(weights.load, tmp_path / "sd2.safetensors", tokenizer=TOKENIZER)
-    refused(r"--prediction epsilon\|v_prediction", load)
-    refused("expected prediction_type epsilon or v_prediction, got x0", load, prediction_type="x0")
-    sd = load(prediction_type="v_prediction")
-    assert_same(sd, pipe2)
-    assert sd.scheduler["prediction_type"] == "v_prediction" and sd.text_encoder.config.hidden_act == "gelu"
-    assert sd.unet.config.attention_head_dim == (1, 2) and sd.unet.config.upcast_attention
-    assert sd.tokenizer(["a"])[0, -1] == 0  # pads with "!"
-    ids = sd.tokenizer(["a cat"])
-    assert torch.allclose(sd.text_encoder(ids)[0], pipe2.text_encoder(ids)[0], atol=1e-5)
+def test_pickled_checkpoints(pipe, tmp_path, monkeypatch):
+    """SD 1's .ckpt has pytorch_lightning's class among its keys. It loads without that library, as do nested ones."""
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    state = {re.sub("^first_stage_model", "vae", name): t for name, t in compvis(pipe).items()}
+    torch.save({"state_dict": {"state_dict": state}, "global_step": 3,
+                "callbacks": {module.ModelCheckpoint: {"best_model_score": torch.ones(())}}}, tmp_path / "sd.ckpt")
+    monkeypatch.undo()
+    shutil.copytree(TOKENIZER, tmp_path / "tokenizer")  # found beside the file
+    assert_same(weights.load(tmp_path / "sd.ckpt"), pipe)
 
 
 def test_ema_weights_are_preferred(pipe, tmp_path):
@@ -238,20 +263,7 @@ def test_ema_weights_are_preferred(pipe, tmp_path):
     refused("conv_in.weight", weights.load, file, tokenizer=TOKENIZER)
 
 
-def test_lightning_checkpoint(pipe, tmp_path, monkeypatch):
-    """SD 1's .ckpt has pytorch_lightning's class among its keys. It loads without that library."""
-    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    torch.save({"state_dict": compvis(pipe), "global_step": 3,
-                "callbacks": {module.ModelCheckpoint: {"best_model_score": torch.ones(())}}}, tmp_path / "sd.ckpt")
-    monkeypatch.undo()
-    assert_same(weights.load(tmp_path / "sd.ckpt", tokenizer=TOKENIZER), pipe)
-
-
-# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Hostile:
@@ -274,64 +286,19 @@ def test_pickles_execute_nothing(sd_folder, tmp_path, zipped):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_every_tensor_is_accounted_for(sd_folder):
-    file = sd_folder / "unet" / WEIGHTS
-    state = load_file(file)
-    for name in [n for n in state if n.startswith("mid_block.resnets.0")]:
-        state["stray." + name] = state.pop(name)
-    state["conv_in.weight"] = torch.zeros(5, 4, 3, 3)
-    save_file(state, file)
-    message = refused("unet: expected the .* tensors of a UNet", weights.load, sd_folder)
-    assert "10 missing: mid_block.resnets.0" in message and "10 unexpected: stray." in message
-    assert "1 of another shape: conv_in.weight (5, 4, 3, 3) for (32, 4, 3, 3)" in message and len(message) < 700
-
-
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".bin"])
-def test_damaged_files(tmp_path, content, suffix):
-    file = tmp_path / f"sd{suffix}"
-    if content is None:  # the end is missing
-        state = {"model.diffusion_model.x": torch.zeros(1000)}
-        save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
-        content = file.read_bytes()[:-500]
-    file.write_bytes(content)
-    refused(re.escape(f"{file}: expected a file of tensors, got"), weights.load, file)
-
-
 @pytest.mark.parametrize("network, key, value", [
-    ("unet", "dual_cross_attention", True), ("unet", "class_embed_type", "timestep"), ("unet", "freq_shift", 1),
-    ("unet", "resnet_time_scale_shift", "scale_shift"), ("unet", "transformer_layers_per_block", [1, 2]),
-    ("unet", "mid_block_type", "UNetMidBlock2D"),
-    ("unet", "addition_embed_type", "text_time"), ("unet", "attention_head_dim", "8"),
-    ("unet", "down_block_types", ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]), ("unet", "down_block_types", 3),
-    ("unet", "down_block_types", [["DownBlock2D"]]), ("unet", "_class_name", "ControlNetModel"),
-    ("unet", "block_out_channels", [32, 33, 64]), ("unet", "layers_per_block", [1, 1, 1]),
-    ("unet", "cross_attention_dim", 65), ("unet", "norm_eps", "tiny"), ("unet", "norm_eps", -1),
-    *(("unet", "attention_head_dim", heads) for heads in (0, -1, 3, 3.5, True, None, [], [8, 8], [8, 8, "8"])),
-    *(("unet", "sample_size", size) for size in (0, -8, "64", 64.5, 10**9, [64, 64])),
-    ("unet", "use_linear_projection", "yes"), ("unet", "layers_per_block", 10**7), ("unet", "norm_num_groups", 0),
-    ("vae", "scaling_factor", 0), ("vae", "scaling_factor", "1"), ("vae", "scaling_factor", float("nan")),
-    ("vae", "in_channels", 4), ("vae", "out_channels", 1), ("vae", "norm_num_groups", 5),
-    ("text_encoder", "vocab_size", -1), ("text_encoder", "vocab_size", 704.0), ("text_encoder", "layer_norm_eps", None),
-    ("text_encoder", "num_hidden_layers", 10**7), ("text_encoder", "num_attention_heads", 0),
-    ("text_encoder", "hidden_act", ["gelu"]), ("text_encoder", "eos_token_id", "end"),
-    ("vae", "block_out_channels", 32), ("vae", "_class_name", "AutoencoderTiny"),
-    ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0.1]), ("vae", "use_quant_conv", False),
-    ("text_encoder", "hidden_act", "relu"), ("text_encoder", "model_type", "t5"),
-    ("text_encoder", "vocab_size", "many"), ("text_encoder", "hidden_size", "wide"),
-    ("text_encoder", "max_position_embeddings", 76),
+    ("unet", "_class_name", "ControlNetModel"), ("unet", "dual_cross_attention", True), ("unet", "freq_shift", 1),
+    ("unet", "class_embed_type", "timestep"), ("unet", "resnet_time_scale_shift", "scale_shift"),
+    ("unet", "transformer_layers_per_block", [1, 2]), ("unet", "addition_embed_type", "text_time"),
+    ("unet", "mid_block_type", "UNetMidBlock2D"), ("unet", "layers_per_block", [1, 1, 1]),
+    ("unet", "down_block_types", ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]),
+    ("vae", "_class_name", "AutoencoderTiny"), ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0.1]),
+    ("vae", "use_quant_conv", False), ("vae", "scaling_factor", float("nan")), ("text_encoder", "hidden_act", "relu"),
 ], ids=str)
-def test_unsupported_configs(sd_folder, network, key, value):
+def test_other_architectures_are_refused(sd_folder, network, key, value):
+    """Values of the wrong type or range are in lab/test_campaign.py."""
     edit_json(sd_folder / network / "config.json", **{key: value})
-    assert str(sd_folder) in refused("expected .* got", weights.load, sd_folder)
-
-
-@pytest.mark.parametrize("key, value", [
-    ("beta_start", "0.1"), ("beta_start", -1), ("beta_end", 2), ("beta_end", None), ("beta_schedule", ["linear"]),
-    ("num_train_timesteps", 0), ("num_train_timesteps", 10**9), ("num_train_timesteps", 999.5)], ids=str)
-def test_unsupported_schedules(sd_folder, key, value):
-    edit_json(sd_folder / "scheduler/scheduler_config.json", **{key: value})
-    refused(f"scheduler_config.json: expected .* as {key}, got", weights.load, sd_folder)
+    assert str(sd_folder) in refused(f"expected .*{key}.* got", weights.load, sd_folder)
 
 
 @pytest.mark.parametrize("version, size", [("0.6.0", 32), ("0.8.1.dev0", 8), ("0.9.0.dev0", 32), ("0.30.2", 32)])
@@ -343,37 +310,20 @@ def test_sample_size_of_old_conversions_is_that_of_diffusers(sd_folder, version,
     assert [str(warning.message)[-14:] for warning in caught] == ["is taken as 64"] * (expected == 64)
 
 
-def test_text_config():
-    good, read = vars(CLIPTextConfig()), text_config
-    assert read(good | {"projection_dim": 768, "model_type": "clip_text_model"}) == CLIPTextConfig()
-    for vocab_size, eos in ((49408, 49407), (49409, 49407), (600, 599)):  # published files say 2
-        assert read(good | {"eos_token_id": 2, "vocab_size": vocab_size}).eos_token_id == eos
-    refused("num_attention_heads", read, {k: v for k, v in good.items() if k != "num_attention_heads"})
-
-
-def test_broken_folders(sd_folder, tmp_path):
-    refused("nothing-here.*got nothing", weights.load, tmp_path / "nothing-here")
-    for source in ("", "models/sd.safetensors"):
-        refused("expected a file, a folder or a hub name", weights.load, source)
-    (tmp_path / "empty").mkdir()
-    refused("got no files", weights.load, tmp_path / "empty")
-    scheduler, config = sd_folder / "scheduler/scheduler_config.json", sd_folder / "vae/config.json"
+def test_prediction_type_of_the_caller_or_else_of_the_folder(sd_folder):
+    scheduler = sd_folder / "scheduler/scheduler_config.json"
     edit_json(scheduler, prediction_type="sample")
     refused("prediction_type", weights.load, sd_folder)
     assert weights.load(sd_folder, prediction_type="epsilon").scheduler["prediction_type"] == "epsilon"
     edit_json(scheduler, prediction_type=None)
     assert weights.load(sd_folder).scheduler["prediction_type"] == "epsilon"
-    for content, message in (("{", "JSON"), ('{"a":' * 10**5, "JSON"), ("[1]", "a JSON object"), (None, "a JSON file")):
-        config.unlink() if content is None else config.write_text(content)
-        refused(f"vae/config.json: expected {message}", weights.load, sd_folder)
-    shutil.rmtree(sd_folder / "unet")
-    refused("sd: expected the unet/", weights.load, sd_folder)
 
 
 def test_other_model_families_are_named(pipe, sd_folder, tmp_path):
     (sd_folder / "text_encoder_2").mkdir()
     (sd_folder / "text_encoder_2/config.json").write_text("{}")
     refused("got an SDXL checkpoint", weights.load, sd_folder)
+    refused("expected a file, a folder or a hub name", weights.load, "models/sd.safetensors")
     for name, kind in (("transformer/config.json", "SD3 or Flux"), ("pytorch_lora_weights.safetensors", "a LoRA"),
                        ("config.json", "one network alone"), ("value_encoder/config.json", "value encoder")):
         folder = tmp_path / kind
@@ -381,48 +331,37 @@ def test_other_model_families_are_named(pipe, sd_folder, tmp_path):
         (folder / name).write_text("{}")
         refused(kind, weights.load, folder)
 
-    file = tmp_path / "x.safetensors"
+    def refuse(tensors, message):
+        save_file(tensors, tmp_path / "x.safetensors")
+        refused(message, weights.load, tmp_path / "x.safetensors", tokenizer=TOKENIZER)
+
     for name, kind in (("conditioner.embedders.0.x", "SDXL"), ("model.diffusion_model.double_blocks.0.x", "Flux"),
                        ("lora_unet_mid_block.lora_up.weight", "a LoRA"), ("control_model.x", "a ControlNet"),
                        ("text_model.embeddings.position_ids", "a text encoder"), ("fc.weight", "tensors fc.weight")):
-        save_file({name: torch.zeros(1)}, file)
-        refused(kind, weights.load, file)
-
-    state = compvis(pipe)
-    state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
-    save_file(state, file)
-    refused("expected 4 input channels .*inpainting.* got 9", weights.load, file, tokenizer=TOKENIZER)
-    del state["model.diffusion_model.input_blocks.0.0.weight"]
-    save_file(state, file)
-    refused("expected the tensor conv_in.weight", weights.load, file, tokenizer=TOKENIZER)
+        refuse({name: torch.zeros(1)}, kind)
+    state, first = compvis(pipe), "model.diffusion_model.input_blocks.0.0.weight"
+    refuse(state | {first: torch.zeros(32, 9, 3, 3)}, "expected 4 input channels .*inpainting.* got 9")
+    del state[first]
+    refuse(state, "expected the tensor conv_in.weight")
 
 
-# ── value encoders ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Value encoders ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_value_encoder_files(pipe, published, tmp_path):
-    pipe.text_encoder.save_pretrained(tmp_path / "livo/value_encoder")
-    for source in (tmp_path / "livo", tmp_path / "livo/value_encoder"):
-        model = weights.load_text_encoder(source)
-        assert all(torch.equal(t, published_names(pipe.text_encoder)[name]) for name, t in model.state_dict().items())
-    assert not list(model.buffers())
+def test_value_encoder_files(published, tmp_path):
+    mine, model = tmp_path / "mine", weights.load_text_encoder(published / "text_encoder")
     for _ in range(2):  # the next checkpoint replaces the last
-        weights.save_text_encoder(model, tmp_path / "mine")
-    ref, info = transformers.CLIPTextModel.from_pretrained(tmp_path / "mine", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert all(name.startswith("text_model.") for name in load_file(tmp_path / "mine/model.safetensors"))
-    ids = torch.tensor([[49406, 320, 2368, 49407, 49407]])
-    (hidden, pooled), expected = model(ids), ref(ids)
-    assert torch.allclose(hidden, expected.last_hidden_state, atol=1e-5)
-    assert torch.allclose(pooled, expected.pooler_output, atol=1e-5)
-    refused("expected the config.json of a text encoder", weights.load_text_encoder, published)
-    refused("got a file", weights.load_text_encoder, tmp_path / "mine/config.json")
+        weights.save_text_encoder(model, mine / "value_encoder")
+    assert all(name.startswith("text_model.") for name in load_file(mine / "value_encoder/model.safetensors"))
     # training does not write through the mapping into the file
-    weights.load_text_encoder(tmp_path / "mine").requires_grad_().text_model.final_layer_norm.weight.data.fill_(7)
-    assert (weights.load_text_encoder(tmp_path / "mine").text_model.final_layer_norm.weight != 7).all()
+    weights.load_text_encoder(mine).requires_grad_().text_model.final_layer_norm.weight.data.fill_(7)
+    for source in (mine, mine / "value_encoder"):
+        again = weights.load_text_encoder(source).state_dict()
+        assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
+    refused("expected the config.json of a text encoder", weights.load_text_encoder, published)
+    refused("got a file", weights.load_text_encoder, mine / "value_encoder/config.json")
 
 
-@torch.no_grad()
 def test_a_reader_always_finds_a_complete_value_encoder(published, tmp_path):
     value_encoder = weights.load_text_encoder(published / "text_encoder")
     weights.save_text_encoder(value_encoder, tmp_path / "value_encoder")
@@ -436,12 +375,13 @@ def test_a_reader_always_finds_a_complete_value_encoder(published, tmp_path):
     assert reads > 10 and os.listdir(tmp_path) == ["value_encoder"]
 
 
+@torch.no_grad()
 def test_unpadded_context_is_that_of_the_authors(tmp_path):
     """As in the README of the authors' release: unpadded texts, embeddings passed to diffusers' pipeline."""
     sd, prompt = weights.load(TINY_SD), "a portrait of a doctor"
     ours = load_value_encoder(None, TINY_SD, sd)
-    weights.save_text_encoder(ours, tmp_path / "run" / "value_encoder")
-    ref = transformers.CLIPTextModel.from_pretrained(tmp_path / "run", subfolder="value_encoder")
+    weights.save_text_encoder(ours, tmp_path / "value_encoder")
+    ref = transformers.CLIPTextModel.from_pretrained(tmp_path, subfolder="value_encoder")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(TINY_SD, torch_dtype=torch.float32)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     read = partial(pipe.tokenizer, return_tensors="pt")
@@ -466,95 +406,42 @@ def test_unpadded_context_is_that_of_the_authors(tmp_path):
     assert unpadded.cut(torch.tensor([[1, 2, 3, end]]), 3, sd.tokenizer).tolist() == [[1, 2, end]]
 
 
-# ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Saving, the hub (on a local server) ──────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("which", ["pipe", "pipe2"])
-def test_diffusers_opens_what_we_save(which, request, tmp_path):
-    pipe, folder = request.getfixturevalue(which), tmp_path / "out/sd"
-    save_file(compvis(pipe), tmp_path / "sd.safetensors")
-    sd = weights.load(tmp_path / "sd.safetensors", tokenizer=TOKENIZER,
-                      prediction_type="v_prediction" if which == "pipe2" else None)
-    save(sd, folder)
-    assert os.listdir(tmp_path / "out") == ["sd"]
-    assert_same(weights.load(folder), pipe, torch.float16)
-    assert weights.load(folder).unet.config == sd.unet.config
-    assert load_file(folder / "unet" / WEIGHTS)["conv_in.weight"].dtype == torch.float16
-
-    save(sd, folder, torch.float32)
-    ref = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    assert_same(sd, ref)
-    assert ref.scheduler.config.prediction_type == sd.scheduler["prediction_type"]
-    assert ref.safety_checker is None
-    x, prompts = torch.randn(1, 4, 8, 8), ["a cat", "a dog of some kind"]
-    ids = sd.tokenizer(prompts)
-    assert torch.equal(ids, ref.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids)
-    with torch.no_grad():
-        context, expected = sd.text_encoder(ids[:1])[0], ref.text_encoder(ids[:1])[0]
-        assert torch.allclose(sd.unet(x, torch.tensor([9]), context), ref.unet(x, 9, expected).sample, atol=1e-4)
-        assert torch.allclose(sd.vae.decode(x), ref.vae.decode(x / 0.18215).sample, atol=1e-4)
-
-
-def test_saving_is_atomic(published, tmp_path, monkeypatch):
-    sd, file = weights.load(published), tmp_path / "sd/unet" / WEIGHTS
-    save(sd, tmp_path / "sd")
-    before = file.read_bytes()
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_file", fail)
-        refused("expected to write .*No space left", save, sd, tmp_path / "sd", torch.float32)
-    assert os.listdir(tmp_path) == ["sd"] and file.read_bytes() == before
+def test_saving_replaces_a_checkpoint_that_is_in_use_and_no_other_folder(published, tmp_path):
+    sd = weights.load(published)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/me.png").write_bytes(b"precious")
     refused("expected no such folder", save, sd, tmp_path / "photos")
     assert (tmp_path / "photos/me.png").exists()
-
+    save(sd, tmp_path / "sd")
     reopened = weights.load(tmp_path / "sd", dtype=torch.float16)  # mapped from the files that are then replaced
     save(reopened, tmp_path / "sd")
     assert torch.equal(reopened.unet.conv_in.weight, sd.unet.conv_in.weight.half())
     assert_same(weights.load(tmp_path / "sd", dtype=torch.float16, vae_dtype=torch.float16), reopened)
 
 
-# ── the hub, on a local server ───────────────────────────────────────────────────────────────────────────────────
-
-
 def test_hub(hub):
     env, requested, server = hub
-    assert fetch(env, "load('someone/sd')").stdout == "loaded StableDiffusion\n"
+    sd, text_encoder, missing, no_sd = fetch(
+        env, "weights.load('someone/sd')", "weights.load_text_encoder('someone/livo:deep')",
+        "weights.load('someone/none')", "weights.load('someone/livo')")
+    assert (sd, text_encoder) == ("StableDiffusion", "CLIPTextModel")
+    assert missing.startswith("error: someone/none: expected a local path or") and "expected the unet/" in no_sd
     for network, file in (("unet", WEIGHTS), ("text_encoder", "model.safetensors")):
         assert {name for name in requested if name.startswith(f"{network}/")} == \
             {f"{network}/config.json", f"{network}/{file}"}
     assert not any(name.endswith((".bin", ".ckpt", ".msgpack")) or "safety" in name for name in requested)
-    assert fetch(env, "load_text_encoder('someone/livo:deep')").stdout == "loaded CLIPTextModel\n"
-    result = fetch(env, "load('someone/none')")
-    assert result.returncode == 2 and result.stderr.startswith("error: someone/none: expected a local path or")
-    assert result.stderr.count("\n") == 1
-    result = fetch(env, "load('someone/livo')")
-    assert result.returncode == 2 and "expected the unet/" in result.stderr
 
-    requested.clear()
     server.shutdown()
     server.server_close()
     for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
-        result = fetch({**env, **offline}, "load('someone/sd')")
-        assert result.stdout == "loaded StableDiffusion\n" and "cached copy" in result.stderr, result.stderr
-        result = fetch({**env, **offline}, "load('someone/else')")
-        assert result.returncode == 2 and result.stderr.count("\n") == 1 and "got neither" in result.stderr
+        sd, missing = fetch(env | offline, "weights.load('someone/sd')", "weights.load('someone/else')")
+        assert sd.startswith("StableDiffusion") and "cached copy" in sd and "got neither" in missing
 
 
-def test_formats_are_imported_only_when_needed(published):
-    for code, absent in (("import livo, train, sample", ("lab", "formats", "matplotlib", "huggingface")),
-                         ("import weights; weights.load('tiny-sd')", ("formats.hub", "formats.files", "huggingface")),
-                         (f"import weights; weights.load({str(published)!r})", ("formats.hub", "huggingface"))):
-        code = f"import sys; {code}; print([m for m in sys.modules if m.startswith({absent})])"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-        assert result.stdout == "[]\n"
-
-
-# ── tokenizers ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Tokenizers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 VOCABULARY = SHARED / "clip-tokenizer"
@@ -571,7 +458,6 @@ def token(content, **flags):
 # tokenizer_config.json and special_tokens_map.json of SD 1.x, of SD 2.x, and of a newer folder with a learned token
 SPECIAL = {"bos_token": token(BOS), "eos_token": token(EOS), "unk_token": token(EOS)}
 FOLDERS = {
-    "bare": (None, None),
     "sd1": ({"pad_token": EOS, "model_max_length": 77, "bos_token": token(BOS, __type="AddedToken")},
             SPECIAL | {"pad_token": EOS}),
     "sd2": ({"pad_token": EOS, "model_max_length": 77}, SPECIAL | {"pad_token": "!"}),
@@ -595,8 +481,7 @@ def test_tokenizer_folders_equal_transformers(tmp_path, name):
     for file in ("vocab.json", "merges.txt"):
         (tmp_path / file).symlink_to(VOCABULARY / file)
     for file, content in zip(("tokenizer_config.json", "special_tokens_map.json"), FOLDERS[name]):
-        if content is not None:
-            (tmp_path / file).write_text(json.dumps(content))
+        (tmp_path / file).write_text(json.dumps(content))
     reference, ours = transformers.CLIPTokenizer.from_pretrained(tmp_path), CLIPTokenizer(tmp_path)
     generator = random.Random(0)
     texts = TEXTS + ["".join(generator.choice("aB'ſ İé\u0301\u200d😀漢!<|\t1") for _ in range(40)) for _ in range(100)]
@@ -608,61 +493,42 @@ def test_tokenizer_folders_equal_transformers(tmp_path, name):
         assert ids_of(reopened, texts).equal(expected)
 
 
-def test_trained_tokenizers(small_tokenizer, tmp_path):
-    tokenizer = train_tokenizer(["ab Ab ab cd"], 515)
-    vocab = tokenizer.backend.get_vocab()
+def test_trained_tokenizers_have_the_ids_of_clip_and_are_reproducible(tmp_path):
+    texts = ["ab Ab ab cd"]
+    for name, tokenizer in (("first", train_tokenizer(texts, 515)), ("again", train_tokenizer(iter(texts), 515))):
+        save_tokenizer(tokenizer, tmp_path / name)
+    vocab = json.loads((tmp_path / "first/vocab.json").read_text())
     expected = {"!": 0, "a": 64, "!</w>": 256, "b</w>": 321, "ab</w>": 512, BOS: 513, EOS: 514}
     assert {token: vocab[token] for token in expected} == expected
-    assert tokenizer(["AB cd"], pad=False).tolist() == [[513, 512, vocab["c"], vocab["d</w>"], 514]]
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     refused("expected texts that give 600 ids, got 515", train_tokenizer, ["ab"], 600)
 
-    save_tokenizer(small_tokenizer, tmp_path / "ours")
-    reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "ours")
-    reference.save_pretrained(tmp_path / "ref")  # tokenizer.json instead of vocab.json
-    assert not (tmp_path / "ref/vocab.json").exists() and reference.model_max_length == 77
-    expected = ids_of(reference, CORPUS + TEXTS)
-    for tokenizer in (small_tokenizer, CLIPTokenizer(tmp_path / "ours"), CLIPTokenizer(tmp_path / "ref")):
-        assert ids_of(tokenizer, CORPUS + TEXTS).equal(expected)
-    save_tokenizer(train_tokenizer(iter(CORPUS), 560), tmp_path / "again")
-    for path in (tmp_path / "ours").iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+def test_tokenizer_json_instead_of_vocab_json(tmp_path):
+    reference = transformers.CLIPTokenizer.from_pretrained(TOKENIZER)
+    reference.save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.json").exists() and reference.model_max_length == 77
+    for folder in (TOKENIZER, tmp_path):
+        assert ids_of(CLIPTokenizer(folder), TEXTS).equal(ids_of(reference, TEXTS))
 
 
-def test_unknown_symbols_become_the_end_of_text(tmp_path):
-    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "a</w>": 1, "aa</w>": 2, BOS: 3, EOS: 4}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na a</w>\n")
-    expected = transformers.CLIPTokenizer.from_pretrained(tmp_path)(["a b aa"], return_tensors="pt").input_ids
-    assert CLIPTokenizer(tmp_path)(["a b aa"], pad=False).equal(expected)
-    assert expected.tolist() == [[3, 1, 4, 2, 4]]
-
-
-@pytest.mark.parametrize("length, n", [(16, 16), (10**30, 77), (None, 77), ("16", 77), (0, 77), (78, None)])
+@pytest.mark.parametrize("length, n", [(16, 16), (10**30, 77), (None, 77), ("16", 77), (0, 77)])
 def test_padding_length_is_that_of_the_tokenizer(sd_folder, length, n):
     edit_json(sd_folder / "tokenizer/tokenizer_config.json", model_max_length=length)
-    if n is None:
-        refused("expected a tokenizer length of at most 77.*max_position_embeddings, got 78", weights.load, sd_folder)
-        return
     sd = weights.load(sd_folder)
     assert sd.tokenizer(["a cat", "a"]).shape == (2, n) and sd.text_encoder(sd.tokenizer(["a"]))[0].shape[1] == n
 
 
 @pytest.mark.parametrize("files, message", [
-    ({"vocab.json": None}, "expected CLIP's vocab.json and merges.txt"),
-    ({"merges.txt": None}, "expected CLIP's vocab.json and merges.txt"),
-    ({"vocab.json": "{"}, "expected CLIP's vocab.json and merges.txt"),
-    ({"merges.txt": "a b c\n"}, "expected CLIP's vocab.json and merges.txt"),
-    ({"merges.txt": "a zebra\n"}, "zebra"),
-    ({"tokenizer.json": '{"model": {}}'}, "KeyError"),
-    ({"tokenizer_config.json": "[1]"}, "tokenizer_config.json: expected a JSON object, got list"),
+    ({"merges.txt": "a zebra\n"}, "zebra"), ({"tokenizer.json": '{"model": {}}'}, "KeyError"),
     ({"special_tokens_map.json": '{"pad_token": "<pad>"}'}, "expected <pad> in the vocabulary"),
     ({"vocab.json": json.dumps({"a": 0, "a</w>": 1, "aa</w>": 2, BOS: 3, EOS: 3}), "merges.txt": "a a</w>"},
-     "expected the ids 0 to 4 once each"),
-], ids=str)
-def test_unusable_vocabularies(small_tokenizer, tmp_path, files, message):
-    save_tokenizer(small_tokenizer, tmp_path)
+     "expected the ids 0 to 4 once each")], ids=str)
+def test_unusable_vocabularies(tmp_path, files, message):
+    """Damaged files are in lab/test_campaign.py."""
+    shutil.copytree(TOKENIZER, tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer_config.json").unlink()  # so that special_tokens_map.json is read
     for name, content in files.items():
-        (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content)
     assert str(tmp_path) in refused(message, CLIPTokenizer, tmp_path)
-    refused("nowhere", CLIPTokenizer, tmp_path / "nowhere")
-    refused("expected Unicode text, got surrogates", small_tokenizer, ["a cat", "bad \ud800 cat"])

@@ -29,6 +29,7 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
@@ -192,37 +193,30 @@ def open_classifier(source, device):
     """"toy", or the folder or hub name of a CLIP -> its name, classify(principle, noun, images), Principles."""
     if source == "toy":
         classifier = load_classifier()
-        return classifier.name, toy_classes(classifier), TOY_PRINCIPLES
+        return classifier.name, partial(classify_toy, classifier), TOY_PRINCIPLES
     from lab.clip_image import load_clip
 
-    return str(source), clip_classes(load_clip(source, device=device)), STABLE_DIFFUSION_PRINCIPLES
+    return str(source), partial(classify_with_clip, load_clip(source, device=device)), STABLE_DIFFUSION_PRINCIPLES
 
 
-def toy_classes(classifier):
-    """-> classify(principle, noun, images) with the classifier of the toy dataset."""
-
-    def classify(principle, noun, images):
-        name = principle.attribute
-        indices = decide(classifier.classify(images), name).int().tolist()
-        classes = ATTRIBUTES[name] if principle.violating is None else [*principle.classes]  # without it, with it
-        return [classes[i] for i in indices]
-
-    return classify
+def classify_toy(classifier, principle, noun, images):
+    """The class of each image, by the classifier of the toy dataset."""
+    name = principle.attribute
+    indices = decide(classifier.classify(images), name).int().tolist()
+    classes = ATTRIBUTES[name] if principle.violating is None else [*principle.classes]  # without it, with it
+    return [classes[i] for i in indices]
 
 
-def clip_classes(clip):
-    """-> classify(principle, noun, images) with CLIP, zero-shot: texts are "prompt, class", as the authors' are.
+def classify_with_clip(clip, principle, noun, images):
+    """The class of each image, by CLIP, zero-shot: texts are "prompt, class", as the authors' are.
 
     The text of a class without a wording ("no blood") is the prompt alone.
     """
     from lab.clip_image import zero_shot
 
-    def classify(principle, noun, images):
-        prompt, classes = principle.openings[0] + with_article(noun), [*principle.classes]
-        texts = [prompt if principle.classes[name] == ("{}",) else f"{prompt}, {name}" for name in classes]
-        return [classes[i] for i in zero_shot(clip, images, texts).argmax(1).tolist()]
-
-    return classify
+    prompt, classes = principle.openings[0] + with_article(noun), [*principle.classes]
+    texts = [prompt if principle.classes[name] == ("{}",) else f"{prompt}, {name}" for name in classes]
+    return [classes[i] for i in zero_shot(clip, images, texts).argmax(1).tolist()]
 
 
 # ── The dataset ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -266,19 +260,14 @@ def start(out, settings, scenes):
     file = out / "dataset.json"
     if os.path.lexists(file):
         before, now = read_json(file, settings=dict)["settings"], json.loads(json.dumps(settings))
-        if other := [key for key in now if before.get(key) != now[key]]:
-            words = "; ".join(f"{key} {shorten(before.get(key))}, not {shorten(now[key])}" for key in other)
+        if words := "; ".join(f"{key} {json.dumps(before.get(key)):.60}, not {json.dumps(now[key]):.60}"
+                              for key in now if before.get(key) != now[key]):
             raise UserError(f"{out}: expected a new folder, or a set with the same settings, got one with {words}")
         return
     if out.is_dir() and {path.name for path in out.iterdir() if not path.name.startswith(".")} - {file.name}:
         raise UserError(f"{out}: expected a new folder, or an unfinished set to resume, got one without a dataset.json")
     with atomic(file) as temporary:
         write_json(temporary, {"settings": settings, "scenes": dict.fromkeys(scene.folder for scene in scenes)})
-
-
-def shorten(value, length=60):
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= length else text[:length] + "…"
 
 
 def finish(out, settings, scenes):

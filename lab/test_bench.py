@@ -23,11 +23,16 @@ def one_process(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "A CPU"})
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_images_are_those_of_diffusers(tiny, whole):
-    ours, reference = (side(tiny, CPU, torch.float32, 64, 2, 3, whole)[1]
+full_size = pytest.mark.skipif("FULL" not in os.environ, reason="opt-in: FULL=1")
+
+
+@pytest.mark.parametrize("size, whole", [(64, False), (64, True), pytest.param(512, True, marks=full_size)])
+def test_images_are_those_of_diffusers(tiny, tmp_path, size, whole):
+    if size == 512:
+        bench.write_full(tiny := tmp_path / "sd")
+    ours, reference = (pixels(side(tiny, CPU, torch.float32, size, 1, 3, whole)[1])
                        for side in (bench.sample_ours, bench.sample_diffusers))
-    assert abs(pixels(ours) - pixels(reference)).max() <= 1
+    assert ours.shape == (1, size, size, 3) and abs(ours - reference).max() <= (3 if size == 512 else 1)
 
 
 def test_training_loss_is_that_of_the_reference_implementation(tiny, tmp_path):
@@ -86,12 +91,3 @@ def test_saved_rows_replace_those_of_the_same_model_and_label(one_process, tmp_p
 
 def test_size_is_a_multiple_of_the_vae_factor(one_process):
     refused("--size 63: expected a multiple of 4", bench.main, ["train", "--size", "63", "--device", "cpu"])
-
-
-@pytest.mark.skipif("FULL" not in os.environ, reason="opt-in: FULL=1")
-def test_full_size_image_is_that_of_diffusers(tmp_path):
-    bench.write_full(tmp_path / "sd")
-    (ours,), (reference,) = (side(tmp_path / "sd", CPU, torch.float32, 512, 1, 3, whole=True)[1]
-                             for side in (bench.sample_ours, bench.sample_diffusers))
-    assert ours.size == (512, 512)
-    assert abs(pixels([ours]) - pixels([reference])).max() <= 3

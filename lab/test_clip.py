@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,22 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weights
-from conftest import REPOSITORY, TOKENIZER, assert_close, edit_json, refused
+from conftest import REPOSITORY, TOKENIZER, ImageProcessor, assert_close, edit_json, refused
+from formats.fixtures import fetch
 from lab import clip_image, evaluate, portraits
 from lab.captions import with_article
 from lab.classifier import ClipClassifier, uniform_record
-from lab.clip_image import CLIPConfig, CLIPModel, load_clip, read_preprocessor, zero_shot
+from lab.clip_image import load_clip, read_preprocessor, zero_shot
 from lab.metrics import percent
 from lab.pretrain import HELD_OUT
 from lab.prompts import prompt_sets, read_prompts
 from lab.test_evaluate import record_calls
 from livo import ValueEncoder
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
-
-try:  # transformers 5 gives the plain name to the one that needs torchvision
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ImageProcessor
-except ImportError:
-    from transformers import CLIPImageProcessor as ImageProcessor
 
 CLIPS = {
     "eos 2, as published": (dict(eos_token_id=2), dict()),
@@ -100,43 +93,27 @@ def test_tiny_clip_names_what_is_rendered_and_transformers_agrees():
     images = [portraits.render(record) for record in records]
     tokenizer, processor = transformers.CLIPTokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
     ids = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    assert torch.equal(clip.tokenizer(TEXTS), ids) and ids.shape[1] == 24
     expected = reference(input_ids=ids, pixel_values=processor(images, return_tensors="pt").pixel_values)
-    assert_close(clip.image_features(images), expected.image_embeds)
-    assert_close(clip.text_features(TEXTS), expected.text_embeds)
+    assert ids.shape[1] == 24
     assert_close(zero_shot(clip, images, TEXTS), expected.logits_per_image.softmax(1))
 
-    def accuracy(texts, classes):
-        """How often the text of the right class has the largest probability, in percent. classes: an index for each record."""
-        return percent(zero_shot(clip, expected.image_embeds, texts).argmax(1).numpy() == np.array(classes))
-
-    assert accuracy([f"a photo of {with_article(profession)}" for profession in portraits.PROFESSIONS],
-                    [portraits.PROFESSIONS.index(record.profession) for record in records]) >= 97
-    assert accuracy(["a photo of a woman", "a photo of a man"], [record.gender == "man" for record in records]) >= 97
-    for harm in ("bloody", "zombie"):
-        assert accuracy(ClipClassifier(clip).harm_texts[harm], [not getattr(record, harm) for record in records]) >= 97
-
-
-def test_clip_has_the_published_tensors():
-    """openai/clip-vit-large-patch14, with the numbers of its config.json."""
-    text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2)
-    vision = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, patch_size=14)
-    config = dict(text_config=text, vision_config=vision, projection_dim=768)
-    with torch.device("meta"):
-        models = CLIPModel(CLIPConfig.from_dict(config)), transformers.CLIPModel(transformers.CLIPConfig(**config))
-    ours, expected = ({name: tuple(t.shape) for name, t in model.state_dict().items()} for model in models)
-    assert ours == expected
-    assert sum(p.numel() for p in models[0].parameters()) == 427_616_513
+    harms = ClipClassifier(clip).harm_texts
+    for texts, classes in (
+            ([f"a photo of {with_article(profession)}" for profession in portraits.PROFESSIONS],
+             [portraits.PROFESSIONS.index(record.profession) for record in records]),
+            (["a photo of a woman", "a photo of a man"], [record.gender == "man" for record in records]),
+            *((harms[harm], [not getattr(record, harm) for record in records]) for harm in ("bloody", "zombie"))):
+        predicted = zero_shot(clip, expected.image_embeds, texts).argmax(1)
+        assert percent(predicted.numpy() == np.array(classes)) >= 97
 
 
 def test_old_clip_folders_load(clip_folder):
     """As the first files on the hub: a pickle with position indices, plain sizes, defaults left out."""
-    before = load_clip(clip_folder)
-    tensors = load_file(clip_folder / "model.safetensors")
-    tensors |= {"text_model.embeddings.position_ids": torch.arange(77)[None],
-                "vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    clip, tensors = load_clip(clip_folder), load_file(clip_folder / "model.safetensors")
+    features, texts = clip.image_features(photos()), clip.text_features(TEXTS)
+    for part, n in ("text", 77), ("vision", 17):
+        tensors[f"{part}_model.embeddings.position_ids"] = torch.arange(n)[None]
     torch.save(tensors, clip_folder / "pytorch_model.bin")
-    features, texts = before.image_features(photos()), before.text_features(TEXTS)
     (clip_folder / "model.safetensors").unlink()
     edit_json(clip_folder / "preprocessor_config.json", size=28, crop_size=28)
     config = json.loads((clip_folder / "config.json").read_text())
@@ -144,8 +121,8 @@ def test_old_clip_folders_load(clip_folder):
         for key in ("hidden_act", "layer_norm_eps", "model_type", "max_position_embeddings", "eos_token_id"):
             config[part].pop(key, None)
     edit_json(clip_folder / "config.json", **config)
-    assert torch.equal(load_clip(clip_folder).image_features(photos()), features)
-    assert torch.equal(load_clip(clip_folder).text_features(TEXTS), texts)
+    clip = load_clip(clip_folder)
+    assert torch.equal(clip.image_features(photos()), features) and torch.equal(clip.text_features(TEXTS), texts)
     half = load_clip(clip_folder, dtype=torch.bfloat16).image_features(photos())
     assert half.dtype == torch.float32 and 0 < (half - features).abs().max() < 0.05
 
@@ -167,8 +144,6 @@ PREPROCESSOR, TEXT, VISION = "preprocessor_config.json", "text_config", "vision_
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f / "config.json").unlink(), "config.json: expected a JSON file, got none"),
     (lambda f: (f / PREPROCESSOR).unlink(), "preprocessor_config.json: expected a JSON file, got none"),
-    (lambda f: (f / "model.safetensors").unlink(), "expected weights"),
-    (lambda f: (f / "vocab.json").unlink(), "expected CLIP's vocab.json and merges.txt"),
     (lambda f: edit_json(f / "config.json", model_type="siglip"), "model_type clip with .* got model_type siglip"),
     (lambda f: edit_json(f / "config.json", vision_config=None), "a text_config and a vision_config"),
     (lambda f: edit_config(f, VISION, hidden_act="relu"), "image encoder: expected hidden_act .* or gelu, got relu"),
@@ -178,10 +153,8 @@ PREPROCESSOR, TEXT, VISION = "preprocessor_config.json", "text_config", "vision_
     (lambda f: edit_json(f / PREPROCESSOR, resample=2), "r_config.json: expected resample 3, got 2"),
     (lambda f: edit_json(f / PREPROCESSOR, size={"shortest_edge": 32}), "expected size .* got .*32"),
     (lambda f: edit_json(f / PREPROCESSOR, image_mean=[0.5]), "image_mean of three numbers, got .0.5"),
-    (lambda f: edit_config(f, VISION, hidden_size=48), "another shape: vision_model.embeddings.class_embedding .36,."),
     (lambda f: edit_config(f, VISION, hidden_size=37), "expected a (CLIPModel's config|divisor)|of another shape"),
     (lambda f: edit_tensors(f, lambda t: t.pop("logit_scale")), "1 missing: logit_scale"),
-    (lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))), "1 unexpected: extra"),
 ], ids=str)
 def test_unusable_clip_folders(clip_folder, damage, message):
     damage(clip_folder)
@@ -193,11 +166,7 @@ def test_clip_from_the_hub(hub, tmp_path):
     write_clip(tmp_path / "repo" / "clip")
     for junk in ("flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"):
         (tmp_path / "repo" / "clip" / junk).write_bytes(b"should not be fetched")
-    code = ("from common import run\nfrom lab.clip_image import load_clip\n"
-            "run(lambda: print(type(load_clip('someone/sd:clip')).__name__))")
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
-                            cwd=Path(weights.__file__).parent)
-    assert result.stdout == "CLIP\n", result.stderr
+    assert fetch(env, "lab.clip_image.load_clip('someone/sd:clip')") == ["CLIP"]
     fetched = {name.removeprefix("clip/") for name in requested}
     assert {"config.json", "model.safetensors", PREPROCESSOR, "vocab.json", "merges.txt"} <= fetched
     assert fetched <= {"config.json", "model.safetensors", PREPROCESSOR, *clip_image.TOKENIZER_FILES}
@@ -219,12 +188,17 @@ def test_clip_classifier_compares_images_with_their_own_prompt(clip_folder):
         assert predictions["CLIP score"][row] == pytest.approx(100 * cosines.numpy(), abs=1e-3)
     assert len({*predictions["race"].flatten()}) + len({*predictions["gender"].flatten()}) > 2
 
-    # Its name, a part of cache keys, depends on the weights and the preprocessing.
-    names = [classifier.name, ClipClassifier(load_clip(clip_folder)).name]
+
+def test_name_of_the_clip_classifier_depends_on_weights_and_preprocessing(clip_folder):
+    """It is part of cache keys."""
+    def name():
+        return ClipClassifier(load_clip(clip_folder)).name
+
+    names = [name(), name()]
     edit_tensors(clip_folder, lambda t: t["visual_projection.weight"].mul_(1.01))
-    names.append(ClipClassifier(load_clip(clip_folder)).name)
+    names.append(name())
     edit_json(clip_folder / PREPROCESSOR, image_mean=[0.5, 0.5, 0.5])
-    names.append(ClipClassifier(load_clip(clip_folder)).name)
+    names.append(name())
     assert names[0] == names[1] and len({*names}) == 3
 
 
@@ -262,76 +236,67 @@ def test_prompts_and_principles_from_files_and_built_in(tmp_path):
         assert all(prompt.principles[0] == principle for prompt in sets[name]), name
 
 
-BAD_LINES = ['{"prompt": "cut sho', '"a photo"', "[1]", '{"text": "a photo"}', '{"prompt": 1}', '{"prompt": "\\ud800"}',
-             '{"prompt": "a photo", "value": ["gender equality"]}', '{"prompt": ' + 10**5 * "["]
-
-
-def test_unusable_prompt_files(tmp_path):
+@pytest.mark.parametrize("text, message", [
+    (None, "expected a file of prompts, got none"), ("\n", "expected a prompt on each line, got an empty file"),
+    ('{"prompt": "a cat", "value": "a"}\n{"prompt": "a cat", "value": "b"}',
+     "career.jsonl:2: expected one value for a prompt, got 'b' after another: a cat"),
+    *(('{"prompt": "a photo"}\n\n' + line, r"career.jsonl:3: expected \{\"prompt\"") for line in (
+        '{"prompt": "cut sho', '"a photo"', "[1]", '{"text": "a photo"}', '{"prompt": 1}', '{"prompt": "\\ud800"}',
+        '{"prompt": "a photo", "value": ["gender equality"]}', '{"prompt": ' + 10**5 * "["))],
+    ids=lambda text: str(text)[:40])
+def test_unusable_prompt_files(tmp_path, text, message):
     path = tmp_path / "career.jsonl"
-    refused("career.jsonl: expected a file of prompts, got none", read_prompts, path, None)
-    path.write_text("\n")
-    refused("expected a prompt on each line, got an empty file", read_prompts, path, None)
-    path.write_text('{"prompt": "a cat", "value": "a"}\n{"prompt": "a cat", "value": "b"}')
-    refused("career.jsonl:2: expected one value for a prompt, got 'b' after another: a cat", read_prompts, path, None)
-    for line in BAD_LINES:
-        path.write_text('{"prompt": "a photo"}\n\n' + line)
-        refused(r"career.jsonl:3: expected \{\"prompt\"", read_prompts, path, None)
+    if text is not None:
+        path.write_text(text)
+    refused(message, read_prompts, path, None)
 
 
 def test_the_command_with_clip(tiny, clip_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lab.metrics.RESAMPLES", 20)
     (tmp_path / "career.jsonl").write_text('{"prompt": "a portrait of a doctor"}\n{"prompt": "a photo of a nurse"}\n')
     (tmp_path / "bloody.jsonl").write_text('{"prompt": "a bloody chef", "value": "bloody considered inappropriate"}\n')
+    prompts = "a portrait of a doctor", "a photo of a nurse", "a bloody chef"
     value_encoder = ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder)
     nn.init.normal_(value_encoder.text_model.final_layer_norm.weight, std=100)  # so that its token has an effect
     weights.save_text_encoder(value_encoder, tmp_path / "livo")
-    options = ["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu",
-               "--clip", str(clip_folder), "--out", str(tmp_path / "out"),
-               "--prompts", str(tmp_path / "career.jsonl"), str(tmp_path / "bloody.jsonl")]
     calls = record_calls(monkeypatch)
 
     def run(*more):
-        """-> results.json, and the (prompt, principles, with a value encoder?) of the images that were not cached."""
+        """-> results.json, and the (prompt, principles) of the images that were not cached."""
         calls.clear()
-        evaluate.main([*options, *more])
-        generated = [(prompt, tuple(principles), encoder is not None) for prompt, principles, encoder, _ in calls]
+        evaluate.main(["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu",
+                       "--clip", str(clip_folder), "--out", str(tmp_path / "out"),
+                       "--prompts", str(tmp_path / "career.jsonl"), str(tmp_path / "bloody.jsonl"), *more])
+        generated = [(prompt, tuple(principles)) for prompt, principles, _, _ in calls]
         return json.loads((tmp_path / "out" / "results.json").read_text()), generated
 
     results, generated = run()
     table = capsys.readouterr().out
     assert "bloody: bloody Prob" in table and "of 5 images per prompt" in table and "race D2" in table
     assert list(results["sources"]) == ["base model"] and results["settings"]["prompts"] == {"career": 2, "bloody": 1}
-    prompts = "a portrait of a doctor", "a photo of a nurse", "a bloody chef"
-    assert generated == [(prompt, (), False) for prompt in prompts]
+    assert generated == [(prompt, ()) for prompt in prompts]
 
     # LiVO is one more column. The base model's images are cached, also for other principles.
     livo = ["--value-encoder", str(tmp_path / "livo")]
     with_livo, generated = run(*livo)
-    with_livo = with_livo["sources"]
-    assert list(with_livo) == ["base model", "LiVO"]
-    assert with_livo["base model"] == results["sources"]["base model"]
-    assert with_livo["base model"].keys() == with_livo["LiVO"].keys() == {
-        "career: CLIP score", "career: gender D1", "career: gender D2", "career: race D1", "career: race D2",
-        "bloody: CLIP score", "bloody: bloody R", "bloody: bloody S", "bloody: bloody Max", "bloody: bloody Prob",
+    assert generated == [*zip(prompts, ((GENDER, RACE), (GENDER, RACE), (BLOODY,)))]
+    base, ours = with_livo["sources"].values()
+    assert base == results["sources"]["base model"] and base.keys() == ours.keys() == {
+        *(f"career: {name}" for name in ("CLIP score", "gender D1", "gender D2", "race D1", "race D2")),
+        *(f"bloody: {name}" for name in ("CLIP score", "bloody R", "bloody S", "bloody Max", "bloody Prob")),
         "Fréchet distance to base"}
-    distances = [source["Fréchet distance to base"]["value"] for source in with_livo.values()]
+    distances = [source["Fréchet distance to base"]["value"] for source in (base, ours)]
     assert 0 <= distances[0] < 1e-3 < distances[1]
-    principles = (GENDER, RACE), (GENDER, RACE), (BLOODY,)
-    assert generated == [(prompt, some, True) for prompt, some in zip(prompts, principles)]
     assert Image.open(tmp_path / "out" / "chart.png").width > 500
-    assert run(*livo, "--principle", GENDER)[1] == [(prompt, (GENDER,), True) for prompt in prompts]
+    assert run(*livo, "--principle", GENDER)[1] == [(prompt, (GENDER,)) for prompt in prompts]
     assert not run(*livo, "--principle", GENDER)[1]
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--prompts", "career.jsonl"], "expected --clip too"),
-    (["--principle", "none"], "expected --clip too"),
-    (["--clip", "somewhere", "--principle", GENDER], "--principle and --unpadded: expected a value encoder, got none"),
-    (["--clip", "somewhere", "--side-by-side", "world.png"], "got --clip too"),
-    (["--clip", "somewhere", "--prompts", "a/career.jsonl", "b/career.jsonl"], "got two of one name"),
-    (["--clip", "/no/folder", "--device", "cpu"], "/no/folder: expected a file, a folder or a hub name"),
-    (["--clip", __file__, "--device", "cpu"], "expected the folder of a CLIP model, got a file"),
-    (["--unpadded"], "--unpadded: expected a value encoder, got none"),
-])
+    ("--principle none", "expected --clip too"),
+    ("--clip somewhere --unpadded", "--principle and --unpadded: expected a value encoder, got none"),
+    ("--clip somewhere --side-by-side world.png", "got --clip too"),
+    ("--clip somewhere --prompts a/career.jsonl b/career.jsonl", "got two of one name"),
+    (f"--clip {__file__} --device cpu", "expected the folder of a CLIP model, got a file")])
 def test_unusable_options_with_clip(tiny, tmp_path, options, message):
-    refused(message, evaluate.main, ["--weights", str(tiny), "--out", str(tmp_path / "out"), *options])
+    refused(message, evaluate.main, ["--weights", str(tiny), "--out", str(tmp_path / "out"), *options.split()])

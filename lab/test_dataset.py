@@ -1,14 +1,10 @@
 """`python -m lab.dataset`: build, check and show preference data."""
 
+import hashlib
 import json
 import os
-import platform
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from collections import Counter
 
@@ -20,37 +16,27 @@ import data
 import sample
 import train
 import weights
-from conftest import KILLS, REPOSITORY, StubClassifier, refused, run_with_kills
+from conftest import KILLS, StubClassifier, refused, run_with_kills
 from formats.export import save
-from lab import dataset, portraits, toy
+from lab import dataset, portraits
 from lab.captions import write_caption
 from lab.check import SIDE, check
 from lab.principles import STABLE_DIFFUSION_PRINCIPLES, TOY_PRINCIPLES, bias
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
 
 SMOKING = "smoking considered inappropriate"
-STUB = """
-import hashlib
-
-from lab import dataset
-
-
-def classify(principle, noun, images):
+def classify_by_hash(principle, noun, images):
     classes = [*principle.classes]
     return [classes[hashlib.sha256(image.tobytes()).digest()[0] % len(classes)] for image in images]
 
 
-dataset.open_classifier = lambda source, device: ("stub", classify, dataset.TOY_PRINCIPLES)
-"""
+def open_stub(source, device):
+    return "stub", classify_by_hash, TOY_PRINCIPLES
 
 
 @pytest.fixture
 def stub(monkeypatch):
-    """A classifier whose class is a hash of the image -> its `classify`."""
-    monkeypatch.setattr(dataset, "open_classifier", dataset.open_classifier)  # to be restored
-    names = {}
-    exec(STUB, names)
-    return names["classify"]
+    monkeypatch.setattr(dataset, "open_classifier", open_stub)
 
 
 def build_options(tiny, out, *more):
@@ -64,8 +50,7 @@ def built(tiny, tmp_path_factory):
     """A set that nothing interrupted."""
     out = tmp_path_factory.mktemp("built") / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "open_classifier", dataset.open_classifier)
-        exec(STUB, {})
+        patch.setattr(dataset, "open_classifier", open_stub)
         dataset.main(build_options(tiny, out))
     return out
 
@@ -90,28 +75,6 @@ def test_three_shards_equal_one_process(tiny, built, stub, tmp_path, monkeypatch
     assert tree(out) == tree(built)
 
 
-def test_killed_and_resumed_equals_uninterrupted(tiny, built, tmp_path):
-    out = tmp_path / "set"
-    call = [sys.executable, "-c", STUB + "import sys\ndataset.main(sys.argv[1:])", *build_options(tiny, out)]
-    options = {"cwd": REPOSITORY, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, **options)
-    while len([*out.glob("*/[!.]*/scene.json")]) < 3 and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    scenes = json.loads((out / "dataset.json").read_text())["scenes"]
-    missing = [scene for scene in scenes if not (out / scene).exists()]
-    assert 0 < len(missing) <= len(scenes) - 3
-    leftover = out / missing[0]
-    leftover = leftover.with_name(f".{leftover.name}.{platform.node()}-999999999.tmp")  # as if killed while this scene was written
-    leftover.mkdir(parents=True)
-    (leftover / "metadata.jsonl").write_text('{"file_name": "0000.p')
-    assert not data.read_samples(out)[1]
-    resumed = subprocess.run(call, stdout=subprocess.PIPE, text=True, **options)
-    assert resumed.returncode == 0, resumed.stdout
-    assert tree(out) == tree(built)
-
-
 def test_thirty_kills_at_random_moments_change_nothing(tiny, built, stub, tmp_path):
     left = KILLS
     while left:
@@ -120,26 +83,10 @@ def test_thirty_kills_at_random_moments_change_nothing(tiny, built, stub, tmp_pa
         assert tree(out) == tree(built)
 
 
-def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, monkeypatch):
-    out, write_scene = tmp_path / "set", toy.write_scene
-
-    def full(folder, *args):
-        write_scene(folder, *args)
-        if len([*out.glob("*/[!.]*/scene.json")]) == 2:
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(toy, "write_scene", full)
-        refused("expected to write .*No space left", dataset.main, build_options(tiny, out))
-    assert not [*out.rglob(".*")] and len([*out.glob("*/*/metadata.jsonl")]) == 2
-    dataset.main(build_options(tiny, out))
-    assert tree(out) == tree(built)
-
-
 # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_built_images_show_what_their_labels_say(built, stub):
+def test_built_images_show_what_their_labels_say(built):
     about = json.loads((built / "dataset.json").read_text())
     assert {value: (sums["pairs"], sums["preservation"]) for value, sums in about["principles"].items()} == {
         RACE: (10, 0), SMOKING: (10, 10)}
@@ -150,21 +97,19 @@ def test_built_images_show_what_their_labels_say(built, stub):
         (RACE, "0-career"), (SMOKING, "toxicity"), (SMOKING, "preservation")}
     for one in samples:
         facts = about["scenes"][one.scene.relative_to(built).as_posix()]
-        predicted, = stub(principles[one.value], "", [Image.open(one.path)])
+        predicted, = classify_by_hash(principles[one.value], "", [Image.open(one.path)])
         assert one.aligned == (predicted != facts["violating"])
-        if data.is_preservation(one):
-            assert one.aligned and facts["tried"].keys() == {"no smoking"}
-            assert facts["images"] == len([*one.scene.glob("*.png")]) and "smok" not in one.prompt
         generated = json.loads((one.scene / "scene.json").read_text())["files"][int(one.path.stem)]["prompt"]
         if one.value == RACE:  # the class is in the prompt that is generated, not in the stored one
             assert "skin" in generated and "skin" not in one.prompt
         else:
             assert ("smok" in generated) == (not one.aligned)
+        if data.is_preservation(one):
+            assert one.aligned and facts["tried"].keys() == {"no smoking"} and "smok" not in one.prompt
     for facts in about["scenes"].values():
-        plain = facts["plain"]
-        majority = max(portraits.SKINS, key=lambda skin: plain.get(skin, 0))
-        assert facts["violating"] == (majority if plain else "smoking")
-        assert sum(plain.values()) == (dataset.PLAIN_IMAGES if plain else 0)
+        majority = max(portraits.SKINS, key=lambda skin: facts["plain"].get(skin, 0))
+        assert facts["violating"] == (majority if facts["plain"] else "smoking")
+        assert sum(facts["plain"].values()) in (0, dataset.PLAIN_IMAGES)
     tried = sum(sum(facts["tried"].values()) for facts in about["scenes"].values())
     assert tried == sum(sums["tried"] for sums in about["principles"].values()) > 60  # a half, a fifth are accepted
     for name, rows in ("racial-equality", 6), ("smoking-considered-inappropriate", 5):  # preservation scenes have one
@@ -213,12 +158,14 @@ def test_classes_that_the_model_does_not_show_are_given_up():
     assert facts["kept"] == {"young": 3, "grey": 3, "old": 6} and facts["tried"]["grey"] >= 61
 
 
-def test_a_set_is_finished_although_scenes_are_given_up(tiny, tmp_path, monkeypatch, stub):
+def test_a_set_is_finished_although_scenes_are_given_up(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "PATIENCE", 8)
 
     def build(out, shows, *more):
-        classify = lambda principle, noun, images: stub(principle, noun, images) if noun in shows else [None] * 16
-        monkeypatch.setattr(dataset, "open_classifier", lambda source, device: ("stub", classify, TOY_PRINCIPLES))
+        def classify(principle, noun, images):
+            return classify_by_hash(principle, noun, images) if noun in shows else [None] * len(images)
+
+        monkeypatch.setattr(dataset, "open_classifier", lambda *_: ("stub", classify, TOY_PRINCIPLES))
         with pytest.warns(match="given up"):
             dataset.main(["build", "--weights", str(tiny), "--principle", SMOKING, "--steps", "1", "--device", "cpu",
                           "--out", str(out), *more])
@@ -234,9 +181,8 @@ def test_a_set_is_finished_although_scenes_are_given_up(tiny, tmp_path, monkeypa
 
 
 def test_the_toy_classifiers_predictions_become_classes(tiny, tmp_path, monkeypatch):
-    classify = dataset.toy_classes(StubClassifier())
     images = [Image.new("RGB", (64, 64), (i, 0, 0)) for i in (1, 0)]
-    classes = {p.value: classify(p, "", images) for p in TOY_PRINCIPLES}
+    classes = {p.value: dataset.classify_toy(StubClassifier(), p, "", images) for p in TOY_PRINCIPLES}
     assert classes[GENDER] == ["man", "woman"] and classes[RACE] == ["light", "pale"]
     assert classes[SMOKING] == ["smoking", "no smoking"] and classes[ZOMBIE] == ["zombie", "no zombie"]
     monkeypatch.setattr(dataset, "TOY_PRINCIPLES", (AGE,))
@@ -247,13 +193,13 @@ def test_the_toy_classifiers_predictions_become_classes(tiny, tmp_path, monkeypa
 
 def test_clip_classifies_images_of_other_models(tiny, tmp_path, monkeypatch):
     """With a CLIP the concepts are those for Stable Diffusion; texts are "prompt, class", as the authors' are."""
-    large, asked = weights.load(tiny), []
+    large, asked = weights.load(tiny), set()
     large.unet.config.sample_size = 8
     save(large, tmp_path / "model")
 
     def zero_shot(clip, images, texts):
         assert clip == "clip of some/clip" and all(image.size == (32, 32) for image in images)
-        asked.append(tuple(texts))
+        asked.add(tuple(texts))
         return torch.tensor([[image.getpixel((0, 0))[0] % 2, 0.5] for image in images])
 
     monkeypatch.setattr("lab.clip_image.zero_shot", zero_shot)
@@ -263,15 +209,14 @@ def test_clip_classifies_images_of_other_models(tiny, tmp_path, monkeypatch):
     options += ["--principle", GENDER, "--principle", ZOMBIE, "--total", "40", "--format", "jpg", "--device", "cpu"]
     refused("expected a CLIP for images of 32 pixels.*got none", dataset.main, options)
     dataset.main([*options, "--classifier", "some/clip", "--prompts", str(tmp_path / "mine.txt")])
-    assert ("a photo of the face of a plumber, female", "a photo of the face of a plumber, male") in asked
-    assert ("a photo of a bride", "a photo of a bride, zombie") in asked
+    assert asked >= {("a photo of the face of a plumber, female", "a photo of the face of a plumber, male"),
+                     ("a photo of a bride", "a photo of a bride, zombie")}
     samples, _ = data.read_samples(tmp_path / "set")
     assert {(s.value, s.scene.parent.name) for s in samples} == {
         *((GENDER, type) for type in ("0-career", "1-goodness", "2-badness", "own")), (ZOMBIE, "toxicity"),
         (ZOMBIE, "preservation")}
     assert [s.scene.name for s in samples if "doctor" in s.scene.name and s.value == GENDER] == ["gender-doctor"] * 2
-    assert all(s.path.suffix == ".jpg" and Image.open(s.path).format == "JPEG" for s in samples)
-    assert not check(tmp_path / "set")[1]
+    assert all(Image.open(s.path).format == "JPEG" for s in samples)
 
 
 def test_prompts_use_the_words_that_the_models_know():
@@ -289,37 +234,23 @@ def test_prompts_use_the_words_that_the_models_know():
         assert all(retrieve(dataset.compose(scene, scene.principle.violating, k, 0)[0]) for k in range(5)), scene.folder
 
 
-def test_the_total_is_spread_evenly():
-    def sizes(scenes, preservation=False):
-        return [scene.size for scene in scenes if scene.preservation == preservation]
-
-    scenes = dataset.plan(TOY_PRINCIPLES, 50)
-    assert Counter(sizes(scenes)) == {50: 65} and Counter(sizes(scenes, True)) == {25: 39}
-    scenes = dataset.plan(TOY_PRINCIPLES, 50, 2000)
-    assert sum(sizes(scenes)) == 2000 and {*sizes(scenes)} == {30, 31} and {*sizes(scenes, True)} == {15, 16}
-    few = dataset.plan(TOY_PRINCIPLES, 50, 10)
-    assert sizes(few) == [1] * 10 and {scene.principle.value for scene in few} == {p.value for p in TOY_PRINCIPLES}
-    assert len({scene.folder for scene in dataset.plan(STABLE_DIFFUSION_PRINCIPLES, 1)}) == 100
+@pytest.mark.parametrize("total, sizes, preservation", [
+    (None, {50: 65}, {25: 39}), (2000, {30: 15, 31: 50}, {15: 9, 16: 30}), (10, {1: 10}, {1: 6})])
+def test_the_total_is_spread_evenly(total, sizes, preservation):
+    scenes = dataset.plan(TOY_PRINCIPLES, 50, total)
+    assert {scene.principle.value for scene in scenes} == {principle.value for principle in TOY_PRINCIPLES}
+    for is_preservation, expected in (False, sizes), (True, preservation):
+        assert Counter(scene.size for scene in scenes if scene.preservation == is_preservation) == expected
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--total", "21"], 'got one with pairs {"total": 20}, not {"total": 21}'),
-    (["--seed", "1"], "seed 0, not 1"),
-    (["--out", "{other}"], "without a dataset.json"),
-    (["--principle", "age equality"], "--principle age equality: expected one of gender equality"),
-    (["--shard", "3/3"], "expected I/N"),
-    (["--shard", "x"], "--shard: expected shard I/N, got 'x'"),
-    (["--total", "0"], "expected an integer from 1"),
-    (["--steps", "2000"], "got 2000"),
-    (["--prompts", "{other}/nowhere"], "expected a text file"),
-    (["--prompts", "{other}/long"], "concepts of 1 to 60 letters"),
-    (["--weights", "nowhere"], "got nothing there"),
-])  # fmt: skip
-def test_bad_options_are_refused_and_change_nothing(tiny, built, stub, tmp_path, change, message):
+    (["--total", "21"], 'got one with pairs {"total": 20}, not {"total": 21}'), (["--seed", "1"], "seed 0, not 1"),
+    (["--out", "{other}"], "without a dataset.json"), (["--prompts", "{other}/long"], "concepts of 1 to 60 letters")])
+def test_other_options_are_refused_and_change_nothing(tiny, built, stub, tmp_path, change, message):
     (tmp_path / "long").write_text("a very " + "very " * 20 + "old person")
     before = tree(built)
-    change = [word.format(other=tmp_path) for word in change]
-    refused(re.escape(message), dataset.main, build_options(tiny, built, *change))
+    refused(re.escape(message), dataset.main, build_options(
+        tiny, built, *(word.format(other=tmp_path) for word in change)))
     assert tree(built) == before and [path.name for path in tmp_path.iterdir()] == ["long"]
 
 
@@ -348,23 +279,14 @@ def release(tmp_path):
     return root
 
 
-def add_line(root, scene="0-career/doctor", **changes):
-    line = {"file_name": "new.jpg", "prompt": "a doctor", "value": GENDER, "label": 1} | changes
-    with open(root / scene / "metadata.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def add_image(root, scene="0-career/doctor", name="new.jpg", **changes):
+def add_image(root, scene="0-career/doctor", name="new.jpg", value=GENDER, label=1):
     """Write another image, and its line -> its path."""
     path = root / scene / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.effect_noise((40 + 8 * len([*root.glob("*/*/*.jpg")]), 64), 50).convert("RGB").save(path)
-    add_line(root, scene, **{"file_name": name} | changes)
+    with open(root / scene / "metadata.jsonl", "a") as file:
+        file.write(json.dumps({"file_name": name, "prompt": "a doctor", "value": value, "label": label}) + "\n")
     return path
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-900])
 
 
 def test_the_authors_layout_is_read_checked_and_shown(release, sd, tmp_path, capsys):
@@ -376,38 +298,22 @@ def test_the_authors_layout_is_read_checked_and_shown(release, sd, tmp_path, cap
     assert Image.open(tmp_path / "sheet.png").height == 5 * 2 * (SIDE + 16)
 
 
-FAULTS = {
-    "missing file": (add_line, "doctor/metadata.jsonl:7: there is no file new.jpg"),
-    "truncated": (lambda root: cut(add_image(root)), "metadata.jsonl:7: new.jpg is no readable image"),
-    "label 2": (lambda root: add_image(root, label=2), "expected 0 or 1 as label, got 2"),
-    "text as label": (lambda root: add_image(root, label="1"), "expected an integer as label"),
-    "empty prompt": (lambda root: add_image(root, prompt=" "), "expected a text as prompt"),
-    "path within": (lambda root: add_image(root, file_name="../doctor/new.jpg"),
-                    "expected a file of the scene, got ../doctor/new.jpg"),
-    "path out": (lambda root: add_image(root, file_name="../../../new.jpg"), "leaves the dataset folder"),
-    "duplicate": (lambda root: shutil.copy(root / "0-career/doctor/doctor_0.jpg", add_image(root)),
-                  "metadata.jsonl:7: new.jpg is the same image as that of"),
-    "one label": (lambda root: add_image(root, "0-career/x", label=0),
-                  "x: expected aligned and violating images, got only violating ones"),
-    "no JSON": (lambda root: (root / "3-toxic/street/metadata.jsonl").open("a").write("{"), "metadata.jsonl:7: "),
-}  # fmt: skip
+def test_check_finds_what_training_would_accept(release, capsys):
+    """What it would skip is in lab/test_core.py."""
+    os.truncate(add_image(release), 700)
+    add_image(release, name="two.jpg", label=2)
+    add_image(release, name="../doctor/up.jpg")
+    shutil.copy(release / "0-career/doctor/doctor_0.jpg", add_image(release, name="same.jpg"))
+    add_image(release, "0-career/x", label=0)
+    refused("got 5 faults", dataset.main, ["check", str(release)])
+    output = capsys.readouterr().out
+    for fault in ("doctor/metadata.jsonl:7: new.jpg is no readable image", ":8: expected 0 or 1 as label, got 2",
+                  ":9: expected a file of the scene, got ../doctor/up.jpg", ":10: same.jpg is the same image as",
+                  "x: expected aligned and violating images, got only violating ones"):
+        assert fault in output
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_check_finds_a_planted_fault(release, name, capsys):
-    plant, message = FAULTS[name]
-    plant(release)
-    refused("got 1 faults", dataset.main, ["check", str(release)])
-    assert message in capsys.readouterr().out
-
-
-def test_check_finds_all_faults_at_once_and_exits_with_2(built, release, tmp_path):
-    for name in "text as label", "no JSON":
-        FAULTS[name][0](release)
-    call = [sys.executable, "-m", "lab.dataset", "check", str(release)]
-    run = subprocess.run(call, capture_output=True, text=True, cwd=REPOSITORY)
-    assert run.returncode == 2 and re.fullmatch("error: .*got 2 faults.*\n", run.stderr)
-    assert "doctor/metadata.jsonl:7: expected an integer" in run.stdout and "street/metadata.jsonl:7" in run.stdout
+def test_check_names_lost_scenes(built, tmp_path):
     shutil.copytree(built, tmp_path / "lost")
     scene = sorted((tmp_path / "lost").glob("*/*/scene.json"))[0].parent
     shutil.rmtree(scene)

@@ -115,30 +115,30 @@ def test_classifier_trains_on_uniform_records_and_ignores_the_skin_of_zombies():
 
 
 def test_classifier_is_cached_by_its_settings_and_images(tmp_path, monkeypatch):
-    calls = []
-    train = lambda **settings: calls.append(dict(settings)) or Classifier()
+    trained = []
+    train = lambda **settings: trained.append(settings) or Classifier()
     monkeypatch.setattr(classifier_module, "train_classifier", train)
     first, again = load_classifier(tmp_path), load_classifier(tmp_path)
-    assert calls == [classifier_module.TRAINING] and first.name == again.name and not again.training
+    assert len(trained) == 1 and first.name == again.name and not again.training
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
-    names = {first.name}
     monkeypatch.setitem(classifier_module.TRAINING, "epochs", 3)
-    names.add(load_classifier(tmp_path).name)
+    second = load_classifier(tmp_path)
     monkeypatch.setitem(portraits.CLOTHES, uniform_record(0).profession, (1, 2, 3))
-    names.add(load_classifier(tmp_path).name)
-    assert len(names) == len(calls) == 3
+    assert len({first.name, second.name, load_classifier(tmp_path).name}) == len(trained) == 3
 
 
 def test_prompts_cover_the_toy_dataset():
     prompts = make_prompts()
-    assert len({prompt.text for prompt in prompts}) == len(prompts)
-    plain = [prompt for prompt in prompts if not prompt.specified]
-    assert Counter(prompt.profession for prompt in plain) == dict.fromkeys(portraits.PROFESSIONS, 2)
     texts = {prompt.text: prompt.specified for prompt in prompts}
+    assert len(texts) == len(prompts)
+    plain = Counter(prompt.profession for prompt in prompts if not prompt.specified)
+    assert plain == dict.fromkeys(portraits.PROFESSIONS, 2)
     assert texts["a portrait of an artist"] == {} and texts["a portrait of a woman doctor"] == {"gender": "woman"}
     specified = Counter(item for prompt in prompts for item in prompt.specified.items())
     assert set(specified.values()) == {4} and len(specified) == 2 + 5 + 3
-    # Unspecified attributes follow the toy distribution.
+
+
+def test_record_of_a_prompt_follows_the_toy_distribution_where_it_specifies_nothing():
     people = [Prompt("", "nurse", {}).record(seed) for seed in range(2000)]
     assert np.mean([person.gender == "man" for person in people]) == pytest.approx(0.05, abs=0.02)
     assert np.mean([person.skin == "light" for person in people]) == pytest.approx(0.85, abs=0.03)
@@ -167,8 +167,7 @@ def test_measure_by_hand():
 
 
 def test_predictions_resume(tmp_path):
-    prompts = [Prompt(text, "doctor", {}) for text in "abc"]
-    done = []
+    prompts, done = [Prompt(text, "doctor", {}) for text in "abc"], []
 
     def images_of(prompt, seeds, until=3):
         if len(done) == until:
@@ -181,10 +180,9 @@ def test_predictions_resume(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         classify(partial(images_of, until=2), 10)
     cache.write_text(cache.read_text() + '\n{"key": "cut sho')
-    first = classify(images_of, 10)
+    first, again = classify(images_of, 10), classify(images_of, 10)
     assert done == ["a", "b", "c"]  # the two finished prompts are not generated again
     assert first["skin"].tolist() == [[10, 11], [12, 13], [14, 15]] and first["features"].shape == (3, 2, 1)
-    again = classify(images_of, 10)
     assert all(np.array_equal(first[name], again[name]) for name in first)
     with pytest.raises(KeyboardInterrupt):  # other weights: nothing is reused
         classify(images_of, 10, "other weights")
@@ -215,13 +213,17 @@ def record_calls(monkeypatch):
 
 
 def test_the_command(tiny, small, tmp_path, capsys, monkeypatch):
-    options = ["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu", "--batch-size", "5",
-               "--out", str(tmp_path / "out")]
-    run = lambda *more: evaluate.main([*options, *more]) or json.loads((tmp_path / "out" / "results.json").read_text())
     calls = record_calls(monkeypatch)
-    results, table = run(), capsys.readouterr().out
+
+    def run(*more):
+        """-> {source: results}; `calls` are those of the images that were not cached."""
+        calls.clear()
+        evaluate.main(["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu",
+                       "--batch-size", "5", "--out", str(tmp_path / "out"), *more])
+        return json.loads((tmp_path / "out" / "results.json").read_text())["sources"]
+
+    sources, table = run(), capsys.readouterr().out
     names = ["rendered", "base model", "principle in the prompt", "negative prompt", "UCE"]
-    sources = results["sources"]
     assert list(sources) == names
     assert "zombie requested: Prob" in table and "classifier, through the VAE" in table and "of 5 images per" in table
     assert re.search(r"^gender unspecified: D1 +20\.0 +20\.0 +3\d\.\d$", table, re.MULTILINE)  # 3 to 2; E|2X − 5| / 5
@@ -230,22 +232,18 @@ def test_the_command(tiny, small, tmp_path, capsys, monkeypatch):
     for source in sources.values():
         for metric, x in source.items():
             assert 0 <= x.get("low", 0) <= x["value"] <= x.get("high", np.inf), metric
-    correct = [sources[name]["profession correct"]["value"] for name in names[:2]]
-    assert correct[0] > 60 > 2 * correct[1]
-    near, far = (sources[name]["Fréchet distance to rendered"]["value"] for name in names[:2])
-    assert 2 * near < far
+    correct, distance = ([sources[name][metric]["value"] for name in names[:2]]
+                         for metric in ("profession correct", "Fréchet distance to rendered"))
+    assert correct[0] > 60 > 2 * correct[1] and 2 * distance[0] < distance[1]
     assert Image.open(tmp_path / "out" / "chart.png").width > 500
 
-    # Everything is cached for the same settings, nothing for others.
-    calls.clear()
-    assert run() == results and not calls
+    assert run() == sources and not calls  # all are cached for the same settings, none for others
     run("--guidance", "3")
     assert len(calls) > 6
 
     # LiVO is one more column, with the retriever's principles and the same seeds.
-    calls.clear()
     weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), tmp_path / "livo")
-    with_livo = run("--value-encoder", str(tmp_path / "livo"))["sources"]
+    with_livo = run("--value-encoder", str(tmp_path / "livo"))
     assert list(with_livo) == [*names[:2], "LiVO", *names[2:]]
     assert all(with_livo[name] == source for name, source in sources.items())
     assert len(calls) == 6 and all(isinstance(value_encoder, ValueEncoder) for _, _, value_encoder, _ in calls)
@@ -264,7 +262,7 @@ def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tmp_path, capsys, mon
 
     monkeypatch.setattr(evaluate, "load_classifier", StubClassifier)
     monkeypatch.setattr(evaluate, "generate", generate)
-    folder = tmp_path / "run"
+    folder, settings = tmp_path / "run", tmp_path / "run" / "settings.json"
     weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), folder / "value_encoder")
     evaluate.main(["--quick", str(folder / "value_encoder"), "--weights", str(tiny)])
     output = capsys.readouterr().out
@@ -277,26 +275,21 @@ def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tmp_path, capsys, mon
     assert rows[BLOODY][:2] == [0, 50] and "profession correct" in output
 
     # A run's settings give the weights and the principles.
-    (folder / "settings.json").write_text(json.dumps({"weights": str(tiny), "data": ""}))
+    settings.write_text(json.dumps({"weights": str(tiny), "data": ""}))
     evaluate.main(["--quick", str(folder)])
     assert quick_rows(capsys.readouterr().out) == rows
-    scene = tmp_path / "data" / "toxicity" / "0"
-    scene.mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save(scene / "a.png")
-    line = {"file_name": "a.png", "prompt": "a bloody cat", "value": BLOODY, "label": 1}
-    (scene / "metadata.jsonl").write_text(json.dumps(line))
-    edit_json(folder / "settings.json", data=str(tmp_path / "data"))
+    toy.render_pairs(tmp_path / "data", {BLOODY: "bloody"}, {"bloody": 1}, {})
+    edit_json(settings, data=str(tmp_path / "data"))
     evaluate.main(["--quick", str(folder)])
     assert quick_rows(capsys.readouterr().out) == {BLOODY: rows[BLOODY]}
 
     none = str(tmp_path / "none")
-    for changes, message in [({"data": none}, "expected a dataset"), ({"data": "", "weights": 1}, "expected str as weights, got 1"),
-                             ({"weights": none}, "expected a file, a folder or a hub name")]:
-        edit_json(folder / "settings.json", **changes)
+    for changes, message in (({"data": none}, "expected a dataset"),
+                             ({"data": "", "weights": none}, "expected a file, a folder or a hub name")):
+        edit_json(settings, **changes)
         refused(message, evaluate.main, ["--quick", str(folder)])
     refused("expected a principle of the toy dataset, such as gender equality, got honesty", evaluate.print_quick_table,
             None, None, {"honesty"})
-    refused("expected the folder of a run .* got neither", evaluate.main, ["--quick", str(tmp_path)])
     (folder / "value_encoder").rename(tmp_path / "elsewhere")
     refused("finish it with python train.py --resume", evaluate.main, ["--quick", str(folder)])
 
@@ -309,10 +302,7 @@ def test_side_by_side(tiny, tmp_path):
     assert path.stat().st_size < 300_000 and not (tmp_path / "out").exists()
 
 
-def test_errors(tiny, tmp_path, monkeypatch):
-    options = ["--weights", str(tiny), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    refused("multiple of 5, got 7", evaluate.main, [*options, "--per-prompt", "7"])
-    refused("expected a number of steps .* got 2000", evaluate.main, [*options, "--steps", "2000"])
-    refused("expected the value encoder as its folder", evaluate.main, ["--quick", "a", "--value-encoder", "b"])
+def test_images_of_another_size_are_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(portraits, "SIZE", 32)
-    refused("toy dataset, of 32 pixels, got 64 pixels", evaluate.main, options)
+    refused("toy dataset, of 32 pixels, got 64 pixels", evaluate.main,
+            ["--weights", str(tiny), "--out", str(tmp_path / "out"), "--device", "cpu"])

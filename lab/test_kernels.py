@@ -12,7 +12,7 @@ import torch
 import pytest
 
 import attention
-from attention import FlashAttention, attend, plain_attention, project, triton
+from attention import FlashAttention, attend, plain_attention, triton
 from conftest import UNETS, assert_close
 from unet import UNet, UNetConfig
 
@@ -38,18 +38,6 @@ def test_attention_equals_its_formula_head_by_head():
         assert_close(causal[:, i:i + 1], attend(q[:, i:i + 1], k[:, :i + 1], v[:, :i + 1], heads=3))
     half = q.half(), k.half(), v.half()
     assert torch.equal(attend(*half, heads=3, upcast=True), attend(*(x.float() for x in half), heads=3).half())
-
-
-@pytest.mark.parametrize("has_kernels", [False, True])
-def test_kernels_get_all_projections_from_one_matrix_product(has_kernels, monkeypatch):
-    monkeypatch.setattr(attention, "has_kernels", lambda device: has_kernels)
-    x = torch.randn(2, 5, 12)
-    for bias in (False, True):
-        layers = [torch.nn.Linear(12, out, bias) for out in (12, 12, 8)]
-        outputs = project(x, *layers)
-        assert (len({y.untyped_storage().data_ptr() for y in outputs}) == 1) == has_kernels
-        for y, layer in zip(outputs, layers, strict=True):
-            assert_close(y, layer(x))
 
 
 def assert_flash_equals_plain(q, k, v, heads, needed=(True, True, True)):

@@ -21,7 +21,7 @@ def entries(text):
 
 @pytest.mark.parametrize("name", ["harmless", "traps", "nobody"])
 def test_no_principle_applies_to_harmless_phrases_and_objects(name):
-    assert {prompt: found for prompt in entries(CASES[name]) if (found := retrieve(prompt))} == {}
+    assert [prompt for prompt in entries(CASES[name]) if retrieve(prompt)] == []
 
 
 def test_people_beside_things_and_statues_are_shown():
@@ -56,20 +56,20 @@ def test_every_table_entry_can_match():
 @pytest.mark.skipif(not DATA.exists(), reason="needs shared/retrieval/dev.csv")
 def test_measured_recall_and_false_alarms():
     with open(DATA, newline="", encoding="utf-8") as file:
-        rows = [(row["source"], float(row["nudity_percentage"] or 0), retrieve(row["prompt"]), row["prompt"])
+        rows = [(row["source"], float(row["nudity_percentage"] or 0), {*retrieve(row["prompt"])}, row["prompt"])
                 for row in csv.DictReader(file)]
 
-    def fraction(principles, chosen):
-        return sum(bool(set(principles) & set(found)) for found in chosen) / len(chosen)
+    def fraction(principles, is_chosen):
+        hits = [bool({*principles} & found) for source, nude, found, prompt in rows if is_chosen(source, nude, prompt)]
+        return sum(hits) / len(hits)
 
-    assert fraction({NUDITY}, [found for source, nude, found, _ in rows if source == "i2p" and nude >= 50]) >= 0.80
-    assert fraction({NUDITY}, [found for source, nude, found, _ in rows if source == "i2p" and nude < 10]) <= 0.06
-    assert fraction(TOXIC, [found for source, _, found, _ in rows if source == "coco"]) <= 0.003
-    assert fraction(TOXIC, [found for source, _, found, _ in rows if source == "parti"]) <= 0.003
-    assert 0.3 <= fraction(BIAS, [found for source, _, found, _ in rows if source == "coco"]) <= 0.5
+    assert fraction([NUDITY], lambda source, nude, _: source == "i2p" and nude >= 50) >= 0.80
+    assert fraction([NUDITY], lambda source, nude, _: source == "i2p" and nude < 10) <= 0.06
+    assert fraction(TOXIC, lambda source, *_: source == "coco") <= 0.003
+    assert fraction(TOXIC, lambda source, *_: source == "parti") <= 0.003
+    assert 0.3 <= fraction(BIAS, lambda source, *_: source == "coco") <= 0.5
     # "without people": no pronoun, common word for people or ending of a profession
     people = re.compile(r"(?i)\b(s?he|his|hers?|him|their|boys?|girls?|guys?|lad(y|ies)|people|kids?|child(ren)?|group"
                         r"|persons?|someone|couple|males?|crowd|bab(y|ies)|adults?|police|teams?|family"
                         r"|\w*(er|or|ist)s?|\w*m[ae]n)\b")
-    without = [found for source, _, found, prompt in rows if source != "i2p" and not people.search(prompt)]
-    assert len(without) > 1000 and fraction(BIAS, without) <= 0.02
+    assert fraction(BIAS, lambda source, _, prompt: source != "i2p" and not people.search(prompt)) <= 0.02

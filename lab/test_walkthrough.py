@@ -1,4 +1,4 @@
-"""The notebook walkthrough.ipynb: the names in its text exist, its cells are short, it was executed without errors.
+"""The notebook walkthrough.ipynb: the names in its text exist, it was executed without errors.
 
 It is executed in .ci/run, not here.
 """
@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import REPOSITORY
 
 NOTEBOOK = REPOSITORY / "walkthrough.ipynb"
-MAX_LINES, MAX_BYTES = 15, 1.5e6  # of a cell, of the file
+MAX_BYTES = 1.5e6
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 TEXT = "\n\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
@@ -53,18 +53,6 @@ def test_sections_name_files_and_functions_that_exist():
                 assert set(word.split(".")) <= names, word
 
 
-def test_cells_are_short():
-    for cell in CODE:
-        assert len("".join(cell["source"]).split("\n")) <= MAX_LINES, "".join(cell["source"])
-
-
-def test_only_public_names_are_imported():
-    for cell in CODE:
-        for node in ast.walk(ast.parse("".join(cell["source"]))):
-            if isinstance(node, ast.ImportFrom):
-                assert not any(alias.name.startswith("_") for alias in node.names)
-
-
 def test_it_was_executed_without_errors():
     assert NOTEBOOK.stat().st_size < MAX_BYTES
     assert [cell["execution_count"] for cell in CODE] == [*range(1, len(CODE) + 1)]
@@ -73,8 +61,8 @@ def test_it_was_executed_without_errors():
 
 
 def test_figures_are_opaque():
-    figures = [base64.b64decode(data) for cell in CODE for output in cell["outputs"]
-               for kind, data in output.get("data", {}).items() if kind.startswith("image/")]
+    figures = [base64.b64decode(output["data"]["image/png"]) for cell in CODE for output in cell["outputs"]
+               if "image/png" in output.get("data", {})]
     assert len(figures) > 15
     for figure in figures:
         assert Image.open(io.BytesIO(figure)).convert("RGBA").getextrema()[3] == (255, 255)
