@@ -148,7 +148,7 @@ class PreferenceDataset:
             return {i: f"{samples[i].where}: {fault}" for i, fault in broken.items()}, latents, embeds
 
         from formats.disk import cached  # here, so that importing the core loads nothing of formats/
-        broken, self.latents, self.prompt_embeds = cached(Path(cache) / self.key, read, make)
+        broken, self.latents, self.prompt_embeds = cached(Path(cache) / self.key, read, make, Path(root))
         faults += broken.values()
         samples = [sample for i, sample in enumerate(samples) if i not in broken]
         self.aligned, self.violating = pair_up(samples, faults)

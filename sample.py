@@ -8,6 +8,8 @@ device. A PNG carries its prompt, seed and other settings as text metadata. With
 retriever finds the principles that apply to the prompt (retrieve.py).
 """
 
+import missing  # before all others
+
 import math
 from collections import Counter
 from pathlib import Path

@@ -9,6 +9,7 @@ A run's folder holds value_encoder/, log.jsonl, samples/, settings.json and chec
 are cached beside it. `python -m lab.plots runs/livo` plots the log.
 """
 
+import missing  # before all others
 import math
 import signal
 import sys
