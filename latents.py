@@ -15,10 +15,11 @@ from common import UserError, write_json
 from livo import encode_prompts
 
 MAX_UNUSABLE = 0.01  # fraction of the samples
+MAX_PIXELS = 2**26  # of an image: a small file may hold more than the memory
 MAX_RATIO = 32  # of an image's sides: more of a strip would not be seen, but fill the memory
 STALE = 3600  # seconds after which an unfinished cache is abandoned
 FORMATS = "PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"
-WHITE = {"I": (2**16 - 1, 2**32 - 1), "F": (1, 2**8 - 1, 2**16 - 1, float("inf"))}  # values of white, by Pillow's mode
+WHITE = {"I": (2**16 - 1, 2**31, 2**32), "F": (1, 2**8 - 1, 2**16 - 1, float("inf"))}  # values of white, by Pillow's mode
 
 
 def open_image(path):
@@ -28,9 +29,13 @@ def open_image(path):
     tried, because Pillow would start Ghostscript for an EPS file.
     """
     with Image.open(path, formats=FORMATS) as image:
+        if math.prod(image.size) > MAX_PIXELS:
+            raise ValueError(f"expected at most {MAX_PIXELS} pixels, got {image.width} × {image.height}")
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16-bit greys, 32-bit integers, floats
-            pixels = np.asarray(image, np.float64)
+            pixels = np.asarray(image)
+            pixels = pixels.view(np.uint32) if pixels.dtype == np.int32 else pixels  # Pillow's sign may be none of the file
+            pixels = np.nan_to_num(pixels.astype(np.float32))
             white = next(top for top in WHITE[image.mode[0]] if pixels.max() <= top)
             image = Image.fromarray((pixels / white * 255).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
@@ -75,7 +80,8 @@ def fingerprint(sd, samples, root):
             digest.update(str(tensor.dtype).encode() + to_bytes(tensor))
     for sample in tqdm(samples, "hashing images", disable=None, leave=False):
         paths = str(sample.path.relative_to(root)), str(sample.scene.resolve().relative_to(root))
-        content = hashlib.sha256(sample.path.read_bytes()).hexdigest()
+        with open(sample.path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(repr((*paths, sample.prompt, sample.value, sample.aligned, content)).encode())
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Imported before all others by every command: a Python package that is missing becomes one line instead of a traceback."""
+"""The first import of every command: a Python package that is missing becomes one line instead of a traceback."""
 
 import sys
 

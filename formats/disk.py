@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import glob
+import math
 import os
 import platform
 import shutil
@@ -94,7 +95,7 @@ def cached(path, read, make, lock=None):
     lock: a folder that is held meanwhile, so that a second process waits for what the first one makes.
     """
     def attempt():
-        return read(path if path.is_dir() else regular(path, "a file"))
+        return read(path if path.is_dir() else regular(path, "a file", math.inf))
 
     with contextlib.suppress(Exception):  # a damaged file can raise anything
         return attempt()

@@ -50,7 +50,7 @@ def explain(error):
 def write_error(error):
     """-> what the system says about a failed reading or writing; None for another error.
 
-    An OSError with neither a file nor one of the SYSTEM's numbers is a fault of the program, which should not be hidden.
+    An OSError with neither a file nor a number of SYSTEM is a fault of the program, which should not be hidden.
     torch, safetensors and Pillow have no class for a full disk. The system's error may be the context of torch's.
     """
     for this in (error, error.__context__ if type(error) is RuntimeError else None):

@@ -22,11 +22,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 import runs
 import sample
 import train
+import weights
 from common import run
-from conftest import REPOSITORY, StubClassifier, edit_json
+from conftest import FORK, REPOSITORY, StubClassifier, edit_json
 from lab import baselines, dataset, evaluate, plots, toy
 
 COMMANDS = {  # a command and the options with which it works; OUT is where it would write
@@ -364,13 +366,30 @@ def test_wrong_variables_of_torchrun(environment, work, monkeypatch, capfd):
     assert is_house_form(*outcome("train", [], capfd))
 
 
-@pytest.mark.parametrize("command, package, more", [
-    ("sample", "huggingface_hub", ["--weights", "owner/name"]),
-    ("train", "torch.utils.tensorboard", ["--tensorboard"])])
-def test_a_missing_package_is_named(command, package, more, work, monkeypatch, capfd):
-    monkeypatch.setitem(sys.modules, package, None)
-    code, err = outcome(command, more, capfd)
-    assert is_house_form(code, err) and package.split(".")[-1] in err[0]
+SCRIPTS = ["train", "sample", *(f"lab.{path.stem}" for path in sorted((REPOSITORY / "lab").glob("*.py"))
+                                if "    run(main)" in path.read_text())]
+MISSING = [*((script, "torch") for script in SCRIPTS), ("sample --weights owner/name --prompt a", "huggingface_hub"),
+           ("train", "einops"), ("lab.plots", "matplotlib")]
+
+
+@pytest.mark.parametrize("words, package", MISSING, ids=map("-".join, MISSING))
+def test_a_missing_package_is_named(words, package):
+    module, *options = words.split()
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_module({module!r}, run_name='__main__')"
+    process = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, cwd=REPOSITORY)
+    err = process.stderr.splitlines()
+    assert is_house_form(process.returncode, err) and f"package {package}," in err[0] and "requirements.txt" in err[0], err
+
+
+def test_without_tensorboard(work, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert is_house_form(*outcome("train", ["--tensorboard"], capfd))
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    for fault in (OSError("cannot write mode RGBA as JPEG"), OSError(9, "Bad file descriptor"), RecursionError()):
+        with pytest.raises(type(fault)):
+            run(lambda fault=fault: (_ for _ in ()).throw(fault))
 
 
 def test_a_compiler_that_fails(work, monkeypatch, capfd):
@@ -422,6 +441,32 @@ def test_a_damaged_cache_is_made_again(kind, work, capfd):
     with warnings.catch_warnings(action="ignore"):
         assert [*map(np.array, images_of("prompt", range(2)))][1].tolist() == np.array(images[1]).tolist()
 
+
+
+def test_of_two_first_runs_one_makes_the_pairs_and_the_latents(tmp_path, original, monkeypatch):
+    def counted(f):
+        def call(*args):
+            with open(tmp_path / f.__name__, "a") as file:
+                file.write("x")
+            f(*args)
+        return call
+
+    def first_run(barrier):
+        barrier.wait()
+        data.PreferenceDataset(toy.default_pairs(tmp_path), sd, tmp_path / "cache")
+
+    monkeypatch.setattr(toy.render_pairs, "__defaults__", (toy.PRINCIPLES, dict.fromkeys(toy.PAIRS, 1), {}))
+    monkeypatch.setattr(toy, "render_pairs", counted(toy.render_pairs))
+    monkeypatch.setattr(data, "encode_samples", counted(data.encode_samples))
+    torch.set_num_threads(1)  # those of OpenMP do not survive a fork
+    sd, barrier = weights.load(original / "model"), FORK.Barrier(3)
+    processes = [FORK.Process(target=first_run, args=(barrier,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert [(tmp_path / name).read_text() for name in ("render_pairs", "encode_samples")] == ["x", "x"]
 
 
 @pytest.mark.parametrize("how", ["closed pipe", "ASCII terminal", "no Unicode"])
