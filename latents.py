@@ -19,7 +19,7 @@ MAX_PIXELS = 2**26  # of an image: a small file may hold more than the memory
 MAX_RATIO = 32  # of an image's sides: more of a strip would not be seen, but fill the memory
 STALE = 3600  # seconds after which an unfinished cache is abandoned
 FORMATS = "PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"
-WHITE = {"I": (2**16 - 1, 2**31, 2**32), "F": (1, 2**8 - 1, 2**16 - 1, float("inf"))}  # values of white, by Pillow's mode
+WHITE = {"I": (2**16 - 1, 2**31, 2**32), "F": (1, 2**8 - 1, 2**16 - 1, math.inf)}  # values of white, by Pillow's mode
 
 
 def open_image(path):
@@ -34,7 +34,7 @@ def open_image(path):
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16-bit greys, 32-bit integers, floats
             pixels = np.asarray(image)
-            pixels = pixels.view(np.uint32) if pixels.dtype == np.int32 else pixels  # Pillow's sign may be none of the file
+            pixels = pixels.view(np.uint32) if image.mode == "I" else pixels  # Pillow reads unsigned ones as signed
             pixels = np.nan_to_num(pixels.astype(np.float32))
             white = next(top for top in WHITE[image.mode[0]] if pixels.max() <= top)
             image = Image.fromarray((pixels / white * 255).round().clip(0, 255).astype(np.uint8))

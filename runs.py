@@ -7,7 +7,6 @@ from its number.
 import atexit
 import contextlib
 import json
-import math
 import os
 import random
 import signal
@@ -121,7 +120,7 @@ def resume(folder, value_encoder, optimizer, data_key):
     if not os.path.lexists(file):
         return 0
     try:
-        state = torch.load(regular(file, "a checkpoint", math.inf), map_location="cpu", weights_only=True)
+        state = torch.load(regular(file, "a checkpoint", float("inf")), map_location="cpu", weights_only=True)
         value_encoder.load_state_dict(state["value_encoder"])
         groups = [group | {"lr": 0} for group in optimizer.state_dict()["param_groups"]]
         optimizer.load_state_dict(state["optimizer"])
@@ -155,15 +154,9 @@ class Log:
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # line by line
-        self.board = tensorboard and self.summary_writer(folder / "tensorboard", purge_step=steps)
-
-    @staticmethod
-    def summary_writer(folder, **options):
-        try:
+        if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--tensorboard: expected the package tensorboard, got none (pip install)") from error
-        return SummaryWriter(folder, **options)
+        self.board = tensorboard and SummaryWriter(folder / "tensorboard", purge_step=steps)
 
     def add(self, line):
         self.lines.append(line)

@@ -9,7 +9,6 @@ retriever finds the principles that apply to the prompt (retrieve.py).
 """
 
 import missing  # before all others
-
 import math
 from collections import Counter
 from pathlib import Path

@@ -71,8 +71,9 @@ def test_16_bits_a_color(tmp_path):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in RGB.astype(int) * 257)  # Pillow writes no such file
-    (tmp_path / "16.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 6, 16, 2, 0, 0, 0))
-                                      + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    header = struct.pack(">IIBBBBB", 4, 6, 16, 2, 0, 0, 0)
+    (tmp_path / "16.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) +
+                                      chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
     assert abs(np.asarray(latents.open_image(tmp_path / "16.png"), int) - RGB).max() <= 1
 
 
