@@ -33,9 +33,8 @@ def open_image(path):
             raise ValueError(f"expected at most {MAX_PIXELS} pixels, got {image.width} × {image.height}")
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16-bit greys, 32-bit integers, floats
-            pixels = np.asarray(image)
-            pixels = pixels.view(np.uint32) if image.mode == "I" else pixels  # Pillow reads unsigned ones as signed
-            pixels = np.nan_to_num(pixels.astype(np.float32))
+            pixels = np.asarray(image)  # Pillow makes signed integers of unsigned ones
+            pixels = np.nan_to_num((pixels.view(np.uint32) if image.mode == "I" else pixels).astype(np.float32))
             white = next(top for top in WHITE[image.mode[0]] if pixels.max() <= top)
             image = Image.fromarray((pixels / white * 255).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
