@@ -42,7 +42,8 @@ COMMANDS = {  # a command and the options with which it works; OUT is where it w
     "sheet": (evaluate.main, "--weights model --steps 1 --side-by-side OUT/sheet.png"),
     "build": (dataset.main, "build --weights model --out OUT --per-prompt 1 --steps 1"),
     "check": (dataset.main, "check data"), "show": (dataset.main, "show data --out OUT/sheet.png"),
-    "draw": (dataset.main, "draw --out OUT"), "plot": (plots.main, "run"),
+    "draw": (dataset.main, "draw --out OUT --pairs skin=1 gender=0 bloody=0 zombie=0 --preservation bloody=0 zombie=0"),
+    "plot": (plots.main, "run"),
     "list": (baselines.main, "--weights model --list --out run"),
     "collect": (baselines.main, "--out base --collect OUT/results.json"),
 }
@@ -123,14 +124,14 @@ def tensors(edit, file="model/unet/diffusion_pytorch_model.safetensors"):
 
 
 def inflating(folder):
-    """An archive of 300 kB whose data.pkl takes 300 MB."""
+    """An archive of 10 kB whose data.pkl takes 10 MB."""
     path = folder / "model/unet/diffusion_pytorch_model.bin"
     saved("model/unet/diffusion_pytorch_model.bin", {})(folder)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
-            archive.writestr(name, bytes(3 * 10**8) if name.endswith("data.pkl") else data)
+            archive.writestr(name, bytes(10**7) if name.endswith("data.pkl") else data)
 
 
 def cyclic():
@@ -465,7 +466,7 @@ def test_a_full_disk_in_training(state, work, monkeypatch, capfd):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_cache_is_made_again(kind, work, capfd):
-    for name in ("latents.bin", "prompts.bin", "broken.json"):
+    for name in ("latents.bin", "prompts.bin", "broken.json") if kind in ("cut", "pipe") else ("latents.bin",):
         content(next(work.glob("cache/*/")).relative_to(work) / name, KINDS[kind])(work)
         assert outcome("resume", [], capfd) == (0, [])
         assert all(file.is_file() for file in work.glob("cache/*/*"))
