@@ -233,7 +233,8 @@ FIELDS = {  # file: {key: values}
         "num_train_timesteps": (0, -1, 10**9, "x", 1.5), "prediction_type": ("x", []), "timestep_spacing": ("x", []),
         "trained_betas": ([0.1],)},
     "model/tokenizer/tokenizer_config.json": {
-        "model_max_length": (78, 10**9), "bos_token": ("missing", 3, {"content": None}), "added_tokens_decoder": (3, {"x": {}}, {"1": 3})},
+        "model_max_length": (78, 10**9), "bos_token": ("missing", 3, {"content": None}),
+        "added_tokens_decoder": (3, {"x": {}}, {"1": 3})},
 }
 SETTINGS = {"steps": ("x", -1, 1e400), "lr": ("x", -1), "batch": (0, 10**9), "weights": ("nowhere", 3),
             "data": ("nowhere", ""), "snr_gamma": (-1,), "unknown": (1,), "out": ("run",), "beta": (float("inf"), [1])}
