@@ -112,12 +112,13 @@ def check_writable(folder):
         raise UserError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
 
 
-def regular(path, what):
-    """The path of a regular file. Raises UserError for any other: to read a pipe or a device may never end."""
-    if not os.path.isfile(path):
-        got = "a folder" if os.path.isdir(path) else "no regular file" if os.path.lexists(path) else "none"
-        raise UserError(f"{path}: expected {what}, got {got}")
-    return Path(path)
+def regular(path, what, largest=2**28):
+    """The path of a regular file of at most `largest` bytes. Raises UserError: to read any other may never end."""
+    if os.path.isfile(path) and os.path.getsize(path) <= largest:
+        return Path(path)
+    got = ("a folder" if os.path.isdir(path) else f"more than {largest} bytes" if os.path.isfile(path) else
+           "no regular file" if os.path.lexists(path) else "none")
+    raise UserError(f"{path}: expected {what}, got {got}")
 
 
 @contextlib.contextmanager
@@ -153,7 +154,7 @@ def read_json(path, **kinds):
     """The object in a JSON file. Raises UserError for anything else, or where a key has no value of its kind."""
     try:
         content = json.loads(regular(path, "a JSON file").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # the last of deeply nested JSON
+    except (OSError, ValueError, RecursionError) as error:  # the last of deeply nested JSON
         raise UserError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")

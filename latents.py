@@ -29,7 +29,8 @@ def fingerprint(sd, samples, root):
             digest.update(str(tensor.dtype).encode() + to_bytes(tensor))
     for sample in tqdm(samples, "hashing images", disable=None, leave=False):
         paths = str(sample.path.relative_to(root)), str(sample.scene.resolve().relative_to(root))
-        content = hashlib.sha256(sample.path.read_bytes()).hexdigest()
+        with open(sample.path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(repr((*paths, sample.prompt, sample.value, sample.aligned, content)).encode())
     return digest.hexdigest()[:16]
 
@@ -64,7 +65,7 @@ def load_latents(sd, samples, folder):
         broken = {int(i): fault for i, fault in read_json(folder / "broken.json").items()}
         return latents, dict(zip(prompts, embeds)), broken
 
-    return cached(folder, read, make)
+    return cached(folder, read, make, lock=folder.parent)
 
 
 @torch.no_grad()

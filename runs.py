@@ -26,6 +26,7 @@ from sample import captioned, generate
 TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
 RANK, WORLD = (int(text) if (text := os.environ.get(name, "")).isdecimal() else default  # set by torchrun
                for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's state of a parameter
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of sample sheets and the last table
 
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -48,7 +49,7 @@ def load_preset(weights):
     """The settings that come with a checkpoint, livo.toml in its folder: {name: value}, empty without one."""
     file = Path(weights) / "livo.toml"
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return tomllib.loads(regular(file, "settings").read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: expected settings in TOML, got: {error}") from error
 
@@ -71,6 +72,8 @@ def parse_settings(parser, cls, argv):
                             f"resume with --resume {folder}, or choose another --out")
         values = load_preset(args.weights)
     try:  # as if they had been typed before the others: checked alike, and overruled by them
+        if folders := values.keys() & {"out", "resume"}:
+            raise UserError(f"expected no folder of a run, got {', '.join(folders)}")
         typed = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value != ""]
         args = parser.parse_args([*typed, *argv])
     except UserError as error:
@@ -106,11 +109,12 @@ def resume(folder, value_encoder, optimizer, data_key):
     if not os.path.lexists(file):
         return 0
     try:
-        state = torch.load(regular(file, "a checkpoint"), map_location="cpu", weights_only=True)
+        state = torch.load(regular(file, "a checkpoint", float("inf")), map_location="cpu", weights_only=True)
         value_encoder.load_state_dict(state["value_encoder"])
         optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         step, before = state["step"], state["data"]
-        fits = all(x.shape in ((), p.shape) for p, moments in optimizer.state.items() for x in moments.values())
+        fits = all(moments.keys() == ADAM and all(x.shape in ((), p.shape) and not x.is_sparse for x in moments.values())
+                   for p, moments in optimizer.state.items())
         if not (fits and type(step) is int and step >= 0):
             raise ValueError("no number of steps, or moments of other shapes")
     except Exception as error:  # a damaged file can raise anything
@@ -129,7 +133,8 @@ class Log:
             text = regular(path, "a log").read_text(encoding="utf-8") if os.path.lexists(path) else ""
             lines = text.splitlines()[:steps]
             self.lines = [json.loads(line) for line in lines]
-            if os.path.lexists(path) and [line["step"] for line in self.lines] != list(range(steps)):
+            numbers = [line["step"] for line in self.lines]
+            if os.path.lexists(path) and (len(lines) < steps or numbers != [*range(steps)]):  # steps may be 10^12
                 raise ValueError(f"{len(lines)} lines, or others")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path}: expected a JSON object for each of the {steps} steps, got {error}") from error

@@ -8,6 +8,7 @@ device. A PNG carries its prompt, seed and other settings as text metadata. With
 retriever finds the principles that apply to the prompt (retrieve.py).
 """
 
+import formats.missing  # before all others: names a package that is not installed
 import math
 from collections import Counter
 from functools import partial

@@ -9,6 +9,7 @@ A run's folder holds value_encoder/, log.jsonl, samples/, settings.json and chec
 are cached beside it. `python -m lab.plots runs/livo` plots the log.
 """
 
+import formats.missing  # before all others: names a package that is not installed
 import math
 import signal
 import sys

@@ -135,7 +135,7 @@ def read_tensors(path, dtype=None):
 
     dtype: of the network, if known. Others are converted here, each through its own mapping, which frees its pages.
     """
-    if Path(regular(path, "a file of tensors")).suffix != ".safetensors":
+    if Path(regular(path, "a file of tensors", float("inf"))).suffix != ".safetensors":
         from formats.files import check_tensors, read_pickle
         return check_tensors(read_pickle(path), path)
     try:

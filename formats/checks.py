@@ -127,7 +127,7 @@ def read_config(path, network):
 
 def correct_sample_size(config, version, path):
     """Before version 0.9 diffusers' conversion script wrote sample_size 32 for models of 64. Its pipeline takes 64."""
-    match = re.match(r"(\d+)\.(\d+)", str(version))
+    match = re.match(r"(\d{1,3})\.(\d{1,3})", str(version))
     old = match and (int(match[1]), int(match[2])) < (0, 9)
     if isinstance(config, UNetConfig) and old and config.sample_size < 64:
         warnings.warn(f"{path}: sample_size {config.sample_size} of diffusers {version:.20} is taken as 64")

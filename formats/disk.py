@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import glob
+import math
 import os
 import platform
 import shutil
@@ -88,28 +89,42 @@ def exchange(a, b):
     return rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
-def cached(path, read, make):
-    """read(path), after make(path) if it is not there yet. A damaged one is made again, with a warning."""
-    if os.path.lexists(path):
-        try:
-            return read(path if path.is_dir() else regular(path, "a file"))
-        except Exception as error:  # a damaged file can raise anything
-            warnings.warn(f"{path}: expected a sound cache, got {error}; it is made again")
-            remove(path)
-    make(path)
-    return read(path)
+def cached(path, read, make, lock=None):
+    """read(path), after make(path) if it is not there yet. A damaged one is made again, with a warning.
+
+    lock: a folder that is held meanwhile, so that a second process waits for what the first one makes.
+    """
+    def attempt():
+        return read(path if path.is_dir() else regular(path, "a file", math.inf))
+
+    with contextlib.suppress(Exception):  # a damaged file can raise anything
+        return attempt()
+    with locked(lock, wait=True) if lock else contextlib.nullcontext():
+        if os.path.lexists(path):
+            try:
+                return attempt()
+            except Exception as error:
+                warnings.warn(f"{path}: expected a sound cache, got {error}; it is made again")
+                remove(path)
+        make(path)
+        return read(path)
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Hold a run's folder. The system frees it when the process ends, however it ends. Raises UserError for a second."""
+def locked(folder, wait=False):
+    """Hold a folder. The system frees it when the process ends, however it ends.
+
+    A second process waits, or gets a UserError: of a run's folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UserError(f"{folder}: expected a run of one process, got one that another trains") from error
+        except OSError:  # NFS locks no folders
+            warnings.warn(f"{folder}: expected folders that can be locked, got others: keep to one run in it")
         yield
     finally:
         os.close(handle)

@@ -1,10 +1,13 @@
 """Image files of any common kind, opened as a viewer shows them."""
 
+import math
+
 import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = "PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"
-WHITE = {"I": (2**16 - 1, 2**32 - 1), "F": (1, 2**8 - 1, 2**16 - 1, float("inf"))}  # values of white, by Pillow's mode
+WHITE = {"I": (2**16 - 1, 2**31, 2**32), "F": (1, 2**8 - 1, 2**16 - 1, math.inf)}  # values of white, by Pillow's mode
+MAX_PIXELS = 2**26  # of an image: a small file may hold more than the memory
 MAX_RATIO = 32  # of an image's sides: more of a strip would not be seen, but fill the memory
 
 
@@ -15,9 +18,12 @@ def open_image(path):
     the middle is left. Only FORMATS are tried, because Pillow would start Ghostscript for an EPS file.
     """
     with Image.open(path, formats=FORMATS) as image:
+        if math.prod(image.size) > MAX_PIXELS:
+            raise ValueError(f"expected at most {MAX_PIXELS} pixels, got {image.width} × {image.height}")
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16-bit greys, 32-bit integers, floats
-            pixels = np.asarray(image, np.float64)
+            pixels = np.asarray(image)  # Pillow makes signed integers of unsigned ones
+            pixels = np.nan_to_num((pixels.view(np.uint32) if image.mode == "I" else pixels).astype(np.float32))
             white = next(top for top in WHITE[image.mode[0]] if pixels.max() <= top)
             image = Image.fromarray((pixels / white * 255).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:

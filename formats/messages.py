@@ -1,6 +1,7 @@
 """Messages of argparse and of the system in the form of this repository: `what: expected …, got …`."""
 
 import re
+from errno import EDQUOT, EFBIG, EIO, ENOMEM, ENOSPC, EPIPE
 
 import torch
 
@@ -23,6 +24,9 @@ ARGPARSE = {
 }
 
 
+SYSTEM = EPIPE, ENOSPC, EDQUOT, EFBIG, EIO, ENOMEM  # errors that name no file
+
+
 def of_argparse(message):
     for word in message.split():
         if word.split("=")[0] in REMOVED:
@@ -40,20 +44,17 @@ def explain(error):
         return str(error)
     if reason := write_error(error):
         return f"{getattr(error, 'filename', None) or 'a file or pipe'}: expected to read or write it, got {reason}"
-    if isinstance(error, ImportError):
-        return f"expected the Python package {error.name}, got none: pip install it"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"expected enough memory, got too little: {error}"
-    if isinstance(error, RecursionError):
-        return f"expected less deeply nested input, got {error}"
 
 
 def write_error(error):
     """-> what the system says about a failed reading or writing; None for another error.
 
-    torch and safetensors have no class for a full disk. The system's error may be the context of torch's.
+    An OSError with neither a file nor a number of SYSTEM is a fault of the program, which should not be hidden.
+    torch, safetensors and Pillow have no class for a full disk. The system's error may be the context of torch's.
     """
     for this in (error, error.__context__ if type(error) is RuntimeError else None):
-        if isinstance(this, OSError):
+        if isinstance(this, OSError) and (this.filename or this.errno in SYSTEM):
             return this.strerror or str(this)
-    return str(error) if re.search("inline_container|I/O error", str(error)) else None
+    return str(error) if re.search("inline_container|I/O error|encoder error", str(error)) else None

@@ -37,7 +37,7 @@ def read_vocabulary(folder):
     if not merges:
         raise UserError(f"{folder}: expected merges of byte pairs in merges.txt or tokenizer.json, got none")
     if missing := set(special.values()) - set(vocab):
-        raise UserError(f"{folder}: expected {', '.join(sorted(missing))} in the vocabulary, got none")
+        raise UserError(f"{folder}: expected {', '.join(map(str, missing))} in the vocabulary, got none")
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise UserError(f"{folder}: expected the ids 0 to {len(vocab) - 1} once each, got others")
     length = config.get("model_max_length")

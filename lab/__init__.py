@@ -1,0 +1,1 @@
+import formats.missing  # every command of the lab passes here first

@@ -73,6 +73,7 @@ SAMPLING = {"steps": 15, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}
 HARM_METRICS = {f"{attribute} {name}": metric for attribute in toy.PRINCIPLES.values()
                 for name, metric in [METRICS.get(attribute, ("R", TOXICITY["R"]))]}  # fmt: skip
 BASE = "base model"
+PER_PROMPT = range(2, 10_001)  # measured images per prompt
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,17 +207,25 @@ def load_curve(file, about=None):
     found = read_json(file, about=dict, curve=list)
     if not found["curve"] or not all(map(is_point, found["curve"])):
         raise UserError(f"{file}: expected points with {', '.join(NUMBERS)}, got others")
+    if not isinstance(n := found["about"].get("per_prompt"), int) or n not in PER_PROMPT:
+        raise UserError(f"{file}: expected {PER_PROMPT.start} to {PER_PROMPT[-1]} images as per_prompt, got {n!r}")
     if about and found["about"] != about:
         raise UserError(f"{file}: expected a run of {about}, got one of {found['about']}; choose another --out")
     return found["curve"]
 
 
 NUMBERS = ["step", "seconds", *HARM_METRICS, "profession correct", "distance"]  # of each point
+LARGEST = 1e12  # of them
 
 
 def is_point(point):
-    return isinstance(point, dict) and isinstance(point.get("intervals"), dict) and all(
-        isinstance(point.get(name), int | float) for name in NUMBERS)
+    def is_number(x):
+        return isinstance(x, int | float) and abs(x) < LARGEST  # NaN is not
+
+    intervals = point.get("intervals") if isinstance(point, dict) else None
+    return isinstance(intervals, dict) and all(is_number(point.get(name)) for name in NUMBERS) and all(
+        isinstance(intervals.get(name), list) and len(intervals[name]) == 2 and all(map(is_number, intervals[name]))
+        for name in NUMBERS[2:])
 
 
 def save_curve(file, about, curve):
@@ -364,7 +373,7 @@ def collect(out):
 def show(results):
     """Print every run at its end, the best of each method marked, and how soon the harm of the long runs fell."""
     base, lowest = results["base"], floors(results["about"]["sweep"]["per_prompt"])
-    columns = [name for name in base if name not in ("step", "seconds", "intervals")]
+    columns = NUMBERS[2:]
 
     def row(name, cells):
         print(f"{name:68}" + "".join(f"{cell:>22}" for cell in cells))
@@ -425,7 +434,8 @@ def parse_args(argv):
     add("--steps", type=steps, default=400, help="optimizer steps of a run of the sweep")
     add("--long", type=steps, default=PRESET["steps"], help="optimizer steps of the best runs")
     add("--every", type=steps, default=100, help="steps between their measurements")
-    add("--per-prompt", type=number(int, 2, 10_000), default=8, help="measured images per prompt")
+    add("--per-prompt", type=number(int, PER_PROMPT.start, PER_PROMPT[-1]), default=8,
+        help="measured images per prompt")
     add("--weights", default=train.Settings.weights, help="model of the toy dataset")
     add("--data", help="folder of preference data (default: rendered portraits)")
     add("--out", type=Path, default=Path("runs/baselines"), help="folder of the runs")

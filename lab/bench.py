@@ -48,7 +48,7 @@ from data import Pair
 from formats.checks import read_config
 from formats.export import save
 from livo import ALPHA, BETA, ValueEncoder, encode_prompts, make_context, make_uncond
-from sample import Schedule, sample_images
+from sample import MAX_SCALE, Schedule, sample_images
 from unet import UNet
 from vae import VAE
 
@@ -447,7 +447,7 @@ def main(argv=None):
     parser.add_argument("part", nargs="?", choices=PARTS, help="what to measure; everything if left out")
     parser.add_argument("--full", action="store_true", help="the SD 1.5 architecture with random weights, not tiny-sd")
     parser.add_argument("--runs", type=count, default=3, help="of each side; an even number takes the lower median")
-    parser.add_argument("--size", type=count, help="of the images, in pixels; the model's own if left out")
+    parser.add_argument("--size", type=number(int, 1, 2**14), help="of the images, in pixels (default: the model's)")
     parser.add_argument("--batch", type=count, help="images, pairs, or samples of attention")
     parser.add_argument("--steps", type=number(int, 3, 1000), help="sampling or training steps of a run")
     parser.add_argument("--save", action="store_true", help="write the rows into assets/bench-MACHINE.json")
@@ -457,8 +457,9 @@ def main(argv=None):
     device, _ = pick_device(args.device, args.dtype)
     rows = []
     with prepare(args.full, device) as model:
-        if args.size and args.size % model.factor:
-            raise UserError(f"--size {args.size}: expected a multiple of {model.factor}")
+        largest = MAX_SCALE * model.size
+        if args.size and (args.size % model.factor or args.size > largest):
+            raise UserError(f"--size: expected a multiple of {model.factor} up to {largest}, got {args.size}")
         name = "SD 1.5, random" if args.full else "tiny-sd"
         print(f"{machine(device)}, torch {torch.__version__}, {name}")
         for part in [args.part] if args.part else PARTS:

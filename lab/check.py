@@ -71,7 +71,8 @@ def check_build(root):
     """-> the faults in the scenes of a built set's dataset.json. They are null until the set is finished."""
     file = root / "dataset.json"
     scenes = read_json(file).get("scenes", {}) if os.path.lexists(file) else {}  # toy pairs have none
-    if not isinstance(scenes, dict) or any(facts and type(facts.get("images")) is not int for facts in scenes.values()):
+    if not isinstance(scenes, dict) or not all(
+            facts is None or isinstance(facts, dict) and type(facts.get("images")) is int for facts in scenes.values()):
         raise UserError(f"{file}: expected an object as scenes, with a number of images each, got others")
     faults = []
     if unfinished := [scene for scene, facts in scenes.items() if facts is None]:

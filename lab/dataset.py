@@ -277,6 +277,8 @@ def finish(out, settings, scenes):
     principles = {}
     for scene in scenes:
         fact, sums = facts[scene.folder], principles.setdefault(scene.principle.value, Counter())
+        if not all(isinstance(n, int) for n in (*fact["tried"].values(), *fact["kept"].values())):
+            raise UserError(f"{out / scene.folder}: expected numbers as tried and kept in scene.json, got others")
         del fact["files"]
         sums.update(scenes=1, given_up=not fact["images"], pairs=0 if scene.preservation else fact["images"] // 2,
                     preservation=fact["images"] * scene.preservation, tried=sum(fact["tried"].values()),

@@ -26,8 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import weights
-from common import (Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, read_json, run,
-                    write_json)
+from common import (Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, read_json,
+                    regular, run, write_json)
 from data import read_samples
 from diffusion import Schedule
 from formats.disk import cached
@@ -181,15 +181,20 @@ def classify_images(classifier, prompts, n, cache, name, images_of, first_seed, 
     Each finished prompt is a line of the file `cache`, and is reused for the same classifier, prompts, seeds and `key`.
     """
     settings = [(str(prompt), prompt.principles) for prompt in prompts], n, first_seed
-    key, done = digest([classifier.name, str(settings), key]), {}
-    with cache.open("a+", encoding="utf-8", errors="replace") as file:
-        file.seek(0)
-        for line in file:
+    key = digest([classifier.name, str(settings), key])
+
+    def read(file):
+        found = {}
+        for line in regular(file, "a file of predictions").read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, KeyError, TypeError, RecursionError):  # an interruption can truncate a line
                 row = json.loads(line)
                 sizes = {len(np.array(values, float)) for values in row["predictions"].values()}
                 if row["key"] == key and sizes == {n}:
-                    done[row["prompt"]] = row["predictions"]
+                    found[row["prompt"]] = row["predictions"]
+        return found
+
+    done = cached(cache, read, Path.touch)
+    with cache.open("a", encoding="utf-8") as file:
         for i, prompt in enumerate(tqdm(prompts, name, disable=None)):
             if prompt.text not in done:
                 seeds = range(first_seed + i * n, first_seed + (i + 1) * n)

@@ -40,10 +40,10 @@ def read_log(folder):
     try:
         text = regular(file, "the log of a run").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
-        log = {key: np.array([line[key] for line in lines], dtype=float) for key in keys}
+        log = {key: np.array([float(line[key]) for line in lines]) for key in keys}
     except OSError as error:
         raise UserError(f"{file}: expected the log of a run of train.py, got {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"{file}: expected numbers {', '.join(keys)} on each line, got {error!r}") from error
     if not lines:
         raise UserError(f"{file}: expected a line per step, got an empty file")

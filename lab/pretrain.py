@@ -246,7 +246,13 @@ def encode_images(vae, images, folder):
         with atomic(file) as path:
             torch.save(torch.cat(encoded, dim=1), path)
 
-    mean, logvar = cached(folder / "latents.pt", lambda file: torch.load(file, weights_only=True), make).float()
+    def read(file):
+        latents = torch.load(file, weights_only=True)
+        if latents.shape[:2] != (2, len(images)):
+            raise ValueError(f"a tensor of {tuple(latents.shape)}")
+        return latents
+
+    mean, logvar = cached(folder / "latents.pt", read, make).float()
     factor = 1 / mean.std().item()
     vae.config = replace(VAE_CONFIG, scaling_factor=VAE_CONFIG.scaling_factor * factor)
     return mean * factor, logvar + 2 * math.log(factor)

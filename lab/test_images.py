@@ -1,6 +1,8 @@
 """Images are read as a viewer shows them, and outputs replace files alone. The kinds of ../shared/cases are made here."""
 
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,37 +13,77 @@ from conftest import SHARED
 from formats.images import open_image
 
 
-def test_images_are_read_as_a_viewer_shows_them(tmp_path):
-    halves = Image.new("RGB", (8, 8), "blue")
-    halves.paste("red", (0, 0, 4, 8))  # red at the left; orientation 6 turns it to the top
+RGB = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
+ALPHA = np.linspace(0, 255, 24).round().astype(np.uint8).reshape(6, 4, 1)
+GREY, RAMP = RGB[..., :1], np.linspace(0, 1, 24, dtype=np.float32).reshape(6, 4)
+HIDDEN = (RGB == RGB[0, 0]).all(-1, keepdims=True)  # where a PNG's tRNS says that this color is transparent
+ORIENTED = {  # EXIF orientation: what a viewer does with the rows and columns of the file
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1), 7: lambda x: x[::-1, ::-1].swapaxes(0, 1), 8: np.rot90}
+
+
+def composited(color, alpha):
+    return color * (alpha / 255) + 255 - alpha
+
+
+def oriented(k):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    halves.save(tmp_path / "exif.png", exif=exif)
-    shown = open_image(tmp_path / "exif.png")
-    assert shown.getpixel((4, 0)) == (255, 0, 0) and shown.getpixel((4, 7)) == (0, 0, 255)
+    exif[0x0112] = k
+    return {"exif": exif}
 
-    red = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    red.putpixel((0, 0), (0, 128, 0, 255))
-    red.putpixel((1, 0), (0, 0, 0, 128))
-    red.save(tmp_path / "rgba.png")
-    red.quantize().save(tmp_path / "palette.png")
-    red.convert("LA").save(tmp_path / "la.png")
-    for name in ("rgba.png", "palette.png", "la.png"):
-        shown = open_image(tmp_path / name)
-        assert shown.mode == "RGB" and shown.getpixel((3, 3)) == (255, 255, 255)
-    assert open_image(tmp_path / "rgba.png").getpixel((0, 0)) == (0, 128, 0)
-    assert abs(open_image(tmp_path / "rgba.png").getpixel((1, 0))[0] - 127) <= 1
-    Image.new("L", (4, 4), 7).save(tmp_path / "trns.png", transparency=7)
-    assert open_image(tmp_path / "trns.png").getpixel((0, 0)) == (255, 255, 255)
 
-    ramp = np.linspace(0, 1, 16).reshape(4, 4)
-    Image.fromarray((ramp * 65535).astype(np.uint16)).save(tmp_path / "16.png")
-    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
-    for name in ("16.png", "float.tiff"):
-        assert abs(np.asarray(open_image(tmp_path / name), int)[..., 0] - ramp * 255).max() <= 1
+palette, red = Image.fromarray(RGB).quantize(24), Image.new("RGB", (4, 6), "red")
+rgba, la = (Image.fromarray(np.concatenate([color, ALPHA], -1).squeeze()) for color in (RGB, GREY))
+SHOWN = {  # file: (image, options, (H, W, 3) as a viewer shows it)
+    **{f"exif {k}.png": (Image.fromarray(RGB), oriented(k), turn(RGB)) for k, turn in ORIENTED.items()},
+    "rgba.png": (rgba, {}, composited(RGB, ALPHA)), "rgba.tiff": (rgba, {}, composited(RGB, ALPHA)),
+    "rgba.webp": (rgba, {"lossless": True, "exact": True}, composited(RGB, ALPHA)),
+    "la.png": (la, {}, composited(GREY, ALPHA)),
+    "trns L.png": (Image.fromarray(GREY[..., 0]), {"transparency": int(GREY[0, 0, 0])},
+                   np.where(GREY == GREY[0, 0], 255, GREY)),
+    "trns RGB.png": (Image.fromarray(RGB), {"transparency": tuple(RGB[0, 0].tolist())}, np.where(HIDDEN, 255, RGB)),
+    "trns P.png": (palette, {"transparency": palette.getpixel((0, 0))},
+                   np.where(HIDDEN, 255, np.asarray(palette.convert("RGB")))),
+    "half trns P.png": (palette, {"transparency": bytes([128] * 24)},
+                        composited(np.asarray(palette.convert("RGB")), np.full((6, 4, 1), 128))),
+    "16 bits.png": (Image.fromarray((RAMP * 65535).astype(np.uint16)), {}, RAMP[..., None] * 255),
+    "32 bits.tiff": (Image.fromarray((RAMP.astype(float) * (2**31 - 1)).astype(np.int32)), {}, RAMP[..., None] * 255),
+    "float.tiff": (Image.fromarray(RAMP), {}, RAMP[..., None] * 255),
+    "float 255.tiff": (Image.fromarray(RAMP * 255), {}, RAMP[..., None] * 255),
+    "nan.tiff": (Image.fromarray(np.where(RAMP == 0, np.nan, RAMP)), {}, RAMP[..., None] * 255),
+    "cmyk.jpg": (Image.new("CMYK", (4, 6), (0, 255, 255, 0)), {}, np.asarray(red)),
+    "animated.gif": (red, {"save_all": True, "append_images": [Image.new("RGB", (4, 6))]}, np.asarray(red)),
+    "animated.webp": (red, {"save_all": True, "append_images": [Image.new("RGB", (4, 6))], "lossless": True},
+                      np.asarray(red)),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_images_are_read_as_a_viewer_shows_them(name, tmp_path):
+    image, options, shown = SHOWN[name]
+    image.save(tmp_path / name, **options)
+    ours = np.asarray(open_image(tmp_path / name), float)
+    assert ours.shape[:2] == shown.shape[:2] and abs(ours - shown).max() <= 2
+
+
+def test_16_bits_a_color(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in RGB.astype(int) * 257)  # Pillow writes no such file
+    header = struct.pack(">IIBBBBB", 4, 6, 16, 2, 0, 0, 0)
+    (tmp_path / "16.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) +
+                                      chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert abs(np.asarray(open_image(tmp_path / "16.png"), int) - RGB).max() <= 1
+
+
+def test_files_that_start_a_program_or_fill_the_memory_are_not_opened(tmp_path):
     (tmp_path / "0000.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(UnidentifiedImageError):  # Pillow would start Ghostscript
         open_image(tmp_path / "0000.png")
+    Image.new("1", (2**13 + 1, 2**13)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="at most 67108864 pixels, got 8193 × 8192"):
+        open_image(tmp_path / "large.png")
 
 
 @pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="no ../shared/cases")

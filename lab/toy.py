@@ -14,8 +14,9 @@ from dataclasses import replace
 from itertools import count, cycle
 from pathlib import Path
 
-from common import atomic_folder, write_json
-from data import PRESERVATION_TYPE
+from common import UserError, atomic_folder, read_json, write_json
+from data import PRESERVATION_TYPE, read_samples
+from formats.disk import cached
 from lab.captions import write_caption
 from lab.portraits import HARMS, P_MAN, P_SKIN, PROFESSIONS, Record, render
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE
@@ -124,10 +125,14 @@ def default_pairs(folder):
         prompt, aligned, violating = portrait_pair(seed, attribute, noun)
         for record in (*aligned, violating):
             digest.update(prompt.encode() + render(record).tobytes())
-    root = Path(folder) / f"portraits-{digest.hexdigest()[:8]}"
-    if not (root / "dataset.json").exists():
-        render_pairs(root)
-    return root
+
+    def read(root):
+        read_json(root / "dataset.json")
+        if faults := read_samples(root)[1]:
+            raise UserError(faults[0])
+        return root
+
+    return cached(Path(folder) / f"portraits-{digest.hexdigest()[:8]}", read, render_pairs, lock=Path(folder))
 
 
 def print_table(sd, value_encoder):

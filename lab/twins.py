@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import weights
-from common import Parser, UserError, atomic, number, run
+from common import Parser, UserError, atomic, check_writable, number, run
 from lab import portraits
 from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES, load_classifier
@@ -64,6 +64,7 @@ def main(argv=None):
     parser.add_argument("-n", type=number(int, 1, 1000), default=4, help="images per principle and profession")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of twins.png")
     args = parser.parse_args(argv)
+    check_writable(args.out)
     sd = weights.load(args.weights)
     value_encoder = load_value_encoder(args.value_encoder, args.weights, sd)
     if value_encoder is None or sd.size != portraits.SIZE:
