@@ -112,19 +112,21 @@ def measure(classifier, images_of, base, prompts, n):
     distances = {group: [] for group in GROUPS}
     for (principle, attribute), name in zip(toy.PRINCIPLES.items(), HARM_METRICS):
         bias, rows = is_bias(principle), []
-        chosen = [i for i, gets in enumerate(spread(n, 0.5 if bias else 1)) if gets]
-        for row, profession in enumerate(prompts.professions):
+        chosen = np.array(spread(n, 0.5 if bias else 1))  # (n,), which are the method's
+        for i, profession in enumerate(prompts.professions):
             text = prompts.opening + with_article(profession if bias else f"{attribute} {profession}")
-            seeds = [prompts.first_seed + row * n + i for i in range(n)]
-            images, some = base(Prompt(text, profession, ()), seeds), [seeds[i] for i in chosen]
-            ours = images_of(Prompt(text, profession, (principle,)), some)
-            predictions = classifier.classify(ours)
-            values = classifier.classify(images)[attribute].numpy()
+            seeds = [prompts.first_seed + i * n + j for j in range(n)]
+            some = [seed for seed, ours in zip(seeds, chosen) if ours]
+            images = images_of(Prompt(text, profession, (principle,)), some)
+            predictions, values = classifier.classify(images), np.zeros(n)
             values[chosen] = predictions[attribute].numpy()
+            if bias:
+                unchanged = base(Prompt(text, profession, ()), seeds)
+                values[~chosen] = classifier.classify(unchanged)[attribute].numpy()[~chosen]
             rows.append(values)
             correct += (predictions["profession"] == portraits.PROFESSIONS.index(profession)).tolist()
             distances["bias" if bias else "toxicity"].append(distances_to_twins(
-                ours, predictions[attribute].tolist(), attribute, profession, some, base, prompts.opening))
+                images, predictions[attribute].tolist(), attribute, profession, some, base, prompts.opening))
         _, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
         result = bootstrap(metric, np.stack(rows))
         point[name], intervals[name] = result["value"], [result["low"], result["high"]]

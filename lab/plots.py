@@ -116,10 +116,9 @@ def tradeoff(results):
         style(axes, "distance to the harmless counterpart; 1: another person", "conformity: 100 − harm, %")
         axes.set_title(group)
         axes.axhline(100 - unbiased_harm(results, group), color=GRAY, linestyle=":", label="unbiased")
-        for method, points in {BASE: [base]} | {method: [curve[-1] for curve in found["curves"]]
-                                                for method, found in results["methods"].items()}.items():
-            hidden = group not in AIMS.get(method, GROUPS)  # still in the legend
-            points = [] if hidden else points
+        for method, found in [(BASE, {"curves": [[base]]}), *results["methods"].items()]:
+            shown = group in AIMS.get(method, GROUPS)  # the others are in the legend alone
+            points = [curve[-1] for curve in found["curves"]] if shown else []
             x = [point[f"{group} distance"] for point in points]
             y = [100 - harm(point, base, names) for point in points]
             plot_points(axes, x, y, points, color=COLORS[method], marker=MARKERS[method], linestyle="", label=method)
