@@ -91,14 +91,14 @@ def majority_class(attribute, profession):
     return max(probabilities, key=probabilities.get)
 
 
-def principle_in_prompt(sd, settings, prompt, seeds):
+def principle_in_prompt(sd, settings, prompt, seeds, fraction=0.5):
     """A baseline: the principles are appended to the prompt; bias principles in half of the images, as with LiVO."""
     texts = {half: ", ".join([prompt.text, *(p for p in prompt.principles if half or not is_bias(p))])
              for half in (False, True)}  # fmt: skip
-    return generate_each(sd, settings, [(texts[half], "") for half in spread(len(seeds), 0.5)], seeds)
+    return generate_each(sd, settings, [(texts[half], "") for half in spread(len(seeds), fraction)], seeds)
 
 
-def negative_prompt(sd, settings, prompt, seeds, phrases=2):
+def negative_prompt(sd, settings, prompt, seeds, phrases=2, fraction=0.5):
     """A baseline: the negative prompt names the toxicity categories, and in half of the images the majority classes.
 
     phrases: number of wordings beside the adjective.
@@ -114,7 +114,7 @@ def negative_prompt(sd, settings, prompt, seeds, phrases=2):
         wordings = [", ".join(dict.fromkeys([adjective, *(phrase.strip(", ") for phrase in more[:phrases])]))
                     for adjective, more in map(WORDINGS.get, words)]
         texts[half] = prompt.text, ", ".join(wordings)
-    return generate_each(sd, settings, [texts[half] for half in spread(len(seeds), 0.5)], seeds)
+    return generate_each(sd, settings, [texts[half] for half in spread(len(seeds), fraction)], seeds)
 
 
 UNTRAINED = {"principle in the prompt": principle_in_prompt, "negative prompt": negative_prompt}
@@ -523,9 +523,9 @@ def main(argv=None):
         bar_chart(results["sources"], path)
     if not args.clip and TRAINED.exists():
         trained = read_json(TRAINED)
-        if trained["about"]["sweep"]["model"].startswith(fingerprint(sd)):  # of this model
+        if trained["about"]["model"].startswith(fingerprint(sd)):  # of this model
             from lab import baselines  # which imports this module
-            baselines.show(trained)
+            print(baselines.tables(trained))
     print(f"\nresults.json and chart.png in {args.out}")
 
 

@@ -11,10 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure  # without pyplot: the backend is Agg
 
 from common import Parser, UserError, atomic, regular, run
-from lab.baselines import BASE, ENOUGH, TRAINED, floors, harm, is_recognizable
+from lab.baselines import AIMS, BASE, ENOUGH, GROUPS, SWEEP, TRAINED, floors, harm, is_recognizable, mean_curve
 
 DPI, MAX_POINTS = 110, 100  # points per curve of a log
-GRAY, COLORS = "0.45", {method: f"C{i}" for i, method in enumerate(TRAINED)}
+GRAY = "0.45"
+COLORS = {BASE: GRAY} | {method: f"C{i % 10}" for i, method in enumerate(SWEEP)}
+MARKERS = {BASE: "s"} | {method: "o" if method in TRAINED else "^" for method in SWEEP}
 ALIGNED, VIOLATING = ("aligned, $y_w$", "tab:blue"), ("violating, $y_l$", "tab:red")
 LOG = {  # y label: {key of the log: (label, color)}
     "LiVO loss": {"loss": ("", "black")},
@@ -79,44 +81,48 @@ def add_legend(figure, axes):
                   title=f"hollow: fewer than {ENOUGH} % of professions correct")
 
 
-def unbiased_harm(results):
-    return harm(floors(results["about"]["sweep"]["per_prompt"])["unbiased model"], results["base"])
+def unbiased_harm(results, group):
+    return harm(floors(results["about"]["per_prompt"])["unbiased, half unchanged"], results["base"], GROUPS[group])
 
 
 def convergence(results):
-    """Harm over steps, and over seconds, of each trained method's long run -> figure."""
-    figure, base = Figure(figsize=(9, 4.6), layout="constrained"), results["base"]
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, key, x_label in zip(panels, ("step", "seconds"), ("optimizer steps", "seconds of training")):
-        style(axes, x_label, "harm, % of the base model's" if key == "step" else "")
-        axes.axhline(100, color=GRAY, linestyle="--", label=BASE)
-        axes.axhline(unbiased_harm(results), color=GRAY, linestyle=":", label="unbiased model")
-        for method, (this,) in results["long"].items():
-            x, y = zip(*((point[key], harm(point, base)) for point in this["curve"]))
-            plot_points(axes, x, y, this["curve"], color=COLORS[method], marker="o", label=method)
-        axes.set_ylim(0)
-    add_legend(figure, panels[0])
+    """Harm over steps, and over seconds, of each trained method, the mean over training seeds -> figure."""
+    figure, base = Figure(figsize=(9, 8), layout="constrained"), results["base"]
+    panels = figure.subplots(2, 2, sharey=True)
+    for row, group in zip(panels, GROUPS):
+        for axes, key, x_label in zip(row, ("step", "seconds"), ("optimizer steps", "seconds of training")):
+            style(axes, x_label, f"{group}, % of the base model's" if key == "step" else "")
+            axes.axhline(100, color=GRAY, linestyle="--", label=BASE)
+            axes.axhline(unbiased_harm(results, group), color=GRAY, linestyle=":", label="unbiased")
+            for method, found in results["methods"].items():
+                if method in TRAINED and group in AIMS.get(method, GROUPS):
+                    curve = mean_curve(found["curves"])
+                    x = [0, *(point[key] for point in curve)]
+                    y = [100, *(harm(point, base, GROUPS[group]) for point in curve)]
+                    plot_points(axes, x, y, [base, *curve], color=COLORS[method], marker="o", label=method)
+            axes.set_ylim(0)
+    add_legend(figure, panels[1, 0])
     return figure
 
 
 def tradeoff(results):
-    """Conformity over distance to the base model, of the grid's runs at their end -> figure.
+    """Conformity over the distance to the harmless counterpart, of each method that aims at it -> figure.
 
-    With the long runs of the same loss and network.
+    A panel for bias, one for toxicity; a marker for each training seed.
     """
-    figure, base = Figure(figsize=(7.5, 5), layout="constrained"), results["base"]
-    axes, about = figure.subplots(), results["about"]
-    style(axes, "pixel distance to the base model's images, 0 … 255", "conformity: 100 − harm, %")
-    axes.axhline(100 - unbiased_harm(results), color=GRAY, linestyle=":", label="unbiased model")
-    series = [(BASE, GRAY, "o", [base])]
-    for method, runs in results["grid"].items():
-        long = [this for name, (this,) in results["long"].items() if name.startswith(method)]
-        series += [(f"{method}, {about[kind]['steps']} steps", COLORS[method], marker, [x["curve"][-1] for x in some])
-                   for kind, marker, some in (("sweep", "o", runs), ("long", "s", long)) if some]
-    for label, color, marker, points in series:
-        x, y = zip(*((point["distance"], 100 - harm(point, base)) for point in points))
-        plot_points(axes, x, y, points, color=color, marker=marker, linestyle="", label=label)
-    add_legend(figure, axes)
+    figure, base = Figure(figsize=(9, 5), layout="constrained"), results["base"]
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (group, names) in zip(panels, GROUPS.items()):
+        style(axes, "distance to the harmless counterpart; 1: another person", "conformity: 100 − harm, %")
+        axes.set_title(group)
+        axes.axhline(100 - unbiased_harm(results, group), color=GRAY, linestyle=":", label="unbiased")
+        for method, found in [(BASE, {"curves": [[base]]}), *results["methods"].items()]:
+            shown = group in AIMS.get(method, GROUPS)  # the others are in the legend alone
+            points = [curve[-1] for curve in found["curves"]] if shown else []
+            x = [point[f"{group} distance"] for point in points]
+            y = [100 - harm(point, base, names) for point in points]
+            plot_points(axes, x, y, points, color=COLORS[method], marker=MARKERS[method], linestyle="", label=method)
+    add_legend(figure, panels[0])
     return figure
 
 

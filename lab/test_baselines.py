@@ -1,66 +1,76 @@
 """Tests of the baselines, their results and the plots."""
 
-from dataclasses import replace
 import json
 import math
+import os
+import signal
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import train
-from conftest import gradients, pairs_of, refused, relative, settings, trained_a_little
+import weights
+from conftest import SD1, gradients, pairs_of, pixels, refused, relative, settings, trained_a_little, write_pipeline
 from diffusion import Schedule
-from lab import baselines, evaluate, plots, uce
+from formats.disk import locked
+from lab import baselines, evaluate, finetuning, guidance, plots, uce
+from lab.finetuning import TRAINED, trainable
 from livo import encode_prompts, make_context
 from retrieve import BLOODY, GENDER, RACE
-from unet import TransformerBlock
 
-def step_gradients(sd, method, network, pairs, s):
-    network.zero_grad()
-    errors = baselines.add_gradient(sd, method, network, pairs, Schedule(sd.scheduler), s)
-    return errors, gradients(network)
+# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_common_step_equals_train_add_gradient(sd, dataset):
-    s, pairs, reference, ours = settings(), pairs_of(dataset), trained_a_little(sd), trained_a_little(sd)
-    expected = train.add_gradient(sd, reference, pairs, Schedule(sd.scheduler), s)
-    errors, gradient = step_gradients(sd, "LiVO", ours, pairs, s)
-    torch.testing.assert_close(errors, expected)
-    assert relative(gradient, gradients(reference)) < 1e-5
-    halves = [step_gradients(sd, "LiVO", ours, pairs[i:i + 2], s)[1] for i in (0, 2)]
-    assert relative({name: halves[0][name] + halves[1][name] for name in gradient}, gradient) < 1e-5
-
-
-@pytest.mark.parametrize("method", baselines.TRAINED)
-def test_gradients_equal_the_formula_by_autograd(sd, dataset, method):
-    part, _ = baselines.TRAINED[method]
-    s, pairs = settings(beta=20.0, alpha=30.0, bias_gamma_scale=1.0), pairs_of(dataset)
-    pairs[0] = replace(pairs[0], z_l=pairs[0].z_w, preservation=True)
-    network = baselines.trainable_copy(sd, part)
+def step(sd, add, part, pairs, s, moved=0.0):
+    """Add the gradient of a step to what `part` trains, moved a little -> errors or losses, network, model."""
+    network, model, value_encoder = trainable(sd, part)
     torch.manual_seed(2)
-    for parameter in network.parameters():  # away from the base model, where the slope would not depend on β
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    _, ours = step_gradients(sd, method, network, pairs, s)
+    for parameter in network.parameters():
+        parameter.data += moved * torch.randn_like(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    return add(sd, model, value_encoder, pairs, Schedule(sd.scheduler), s), network, model
+
+
+def test_hinges_on_the_value_encoder_are_the_step_of_train(sd, dataset):
+    s, pairs = settings(snr_gamma=2.0), pairs_of(dataset)
+    errors, ours, _ = step(sd, partial(finetuning.add_preference, loss=finetuning.hinge_loss), "value encoder", pairs, s,
+                           moved=0.02)
+    expected, reference, _ = step(sd, finetuning.add_livo, "value encoder", pairs, s, moved=0.02)
+    torch.testing.assert_close(errors, expected)
+    assert relative(gradients(ours), gradients(reference)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["LiVO", "BT on the value encoder", "Diffusion-DPO", "text encoder"])
+def test_gradients_equal_the_formula_by_autograd(sd, dataset, method):
+    part, add = TRAINED[method]
+    s, pairs = settings(beta=20.0, alpha=30.0, bias_gamma_scale=1.0, snr_gamma=2.0), pairs_of(dataset)
+    pairs[0] = replace(pairs[0], z_l=pairs[0].z_w, preservation=True)
+    _, network, _ = step(sd, add, part, pairs, s, moved=0.02)  # away from where the slope would not depend on β
+    ours = gradients(network)
 
     network.zero_grad()
     prompts, embeds = [pair.prompt for pair in pairs], torch.stack([pair.prompt_embeds for pair in pairs])
-    contexts = {"value_encoder": lambda: make_context(sd, prompts, [[pair.principle for pair in pairs]], network),
-                "text_encoder": lambda: network(sd.tokenizer(prompts))[0], "unet": lambda: embeds}
+    contexts = {"value encoder": lambda: make_context(sd, prompts, [[pair.principle for pair in pairs]], network),
+                "text encoder": lambda: network(sd.tokenizer(prompts))[0], "unet": lambda: embeds}
     context, unet = contexts[part](), network if part == "unet" else sd.unet
     t = torch.tensor([pair.t for pair in pairs])
     abar, eps = Schedule(sd.scheduler).alphas_cumprod[t][:, None, None, None], torch.stack([p.eps for p in pairs])
+    weight = (2 * (1 - abar) / abar).clamp(max=1).flatten()
     preserved, errors = torch.tensor([pair.preservation for pair in pairs])[:, None, None, None], []
-    assert 0 < preserved.sum() < len(pairs)
+    assert 0 < preserved.sum() < len(pairs) and 0 < (weight < 1).sum() < len(pairs)
     for z in (torch.stack([pair.z_w for pair in pairs]), torch.stack([pair.z_l for pair in pairs])):
         z_t = abar.sqrt() * z + (1 - abar).sqrt() * eps
         output, reference = unet(z_t, t, context), sd.unet(z_t, t, embeds)
         target = torch.where(preserved, reference, eps)
-        errors += [(x - target).square().mean((1, 2, 3)) for x in (output, reference)]
+        errors += [weight * (x - target).square().mean((1, 2, 3)) for x in (output, reference)]
     w, rw, l, rl = errors
-    if method in ("LiVO", baselines.AS_TRAIN, "text encoder"):
+    if method in ("LiVO", "text encoder"):
         loss = torch.clamp(1 + 20 * (w - rw), min=0) + torch.clamp(0.5 + 30 * (rl - l), min=0)
     else:
         loss = -100 * torch.sigmoid(-20 * ((w - rw) - (l - rl))).log()  # 2000 / β
@@ -72,32 +82,85 @@ def test_scaled_bradley_terry_starts_with_slopes_of_1000():
     for beta in (5.0, 2000.0):
         err = torch.full((2, 1), 0.1, requires_grad=True)
         ref_w, ref_l = err.detach()
-        baselines.scaled_bradley_terry(settings(beta=beta), [GENDER], err[0], ref_w, err[1], ref_l).backward()
+        finetuning.scaled_bradley_terry(settings(beta=beta), [GENDER], err[0], ref_w, err[1], ref_l).backward()
         assert err.grad.flatten().tolist() == pytest.approx([1000, -1000])
 
 
-@pytest.mark.parametrize("method", ["Diffusion-DPO", "text encoder"])
+def test_anchors_leave_out_the_toxicity_alone():
+    for prompt, anchor in {"a photo of a bloody artist": "a photo of an artist", "the face of a judge": "the face of a judge",
+                           "a tall chef, covered in blood at home": "a tall chef, at home",
+                           "a zombie": "a", "a nurse who is a zombie, in winter": "a nurse, in winter"}.items():
+        assert finetuning.without_harms(prompt) == anchor
+
+
+def test_concept_ablation_follows_finite_differences_with_the_anchor_held(sd, dataset):
+    pairs = [replace(pair, prompt=prompt, prompt_embeds=encode_prompts(sd, [prompt])[0]) for pair, prompt in zip(
+        pairs_of(dataset), ("a bloody judge", "a judge", "a chef as a zombie", "a photo of a bloody nurse"))]
+    s = settings(snr_gamma=2.0)
+    losses, network, model = step(sd, finetuning.add_ablation, "keys and values", pairs, s, moved=0.05)
+    assert losses[1] == 0 and (losses[[0, 2, 3]] > 0).all()
+    schedule, asking = Schedule(sd.scheduler), [pairs[row] for row in (0, 2, 3)]
+    t = torch.tensor([pair.t for pair in asking])
+    abar, weight = schedule.alphas_cumprod[t][:, None, None, None], schedule.min_snr_weight(t, 2.0).double()
+    z, eps = (torch.stack([getattr(pair, name) for pair in asking]) for name in ("z_w", "eps"))
+
+    @torch.no_grad()
+    def predict(*texts):
+        return model.unet(abar.sqrt() * z + (1 - abar).sqrt() * eps, t, encode_prompts(sd, texts)).double()
+
+    anchors = predict("a judge", "a chef", "a photo of a nurse")
+    loss = lambda: (weight * (anchors - predict(*(pair.prompt for pair in asking))).square().mean((1, 2, 3))).mean()
+    assert losses.sum().item() / 3 == pytest.approx(loss().item(), rel=1e-4)
+    parameters, h, values = [*network.parameters()], 1e-3, []
+    directions = [parameter.grad / parameter.grad.norm() for parameter in parameters]
+    for change in h, -2 * h:
+        for parameter, direction in zip(parameters, directions):
+            parameter.data += change * direction
+        values.append(loss())
+    slope = sum((parameter.grad * direction).sum().item() for parameter, direction in zip(parameters, directions))
+    assert slope == pytest.approx(((values[0] - values[1]) / (2 * h)).item(), rel=1e-2)
+
+
+def test_safetext_by_hand(sd, dataset):
+    before = torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]], [[0.0, 2.0]]])
+    embeds = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]], [[0.0, -5.0]]], requires_grad=True)
+    L_u, L_e = finetuning.safetext_losses(embeds, before, torch.tensor([False, True, True]))
+    assert L_u.item() == 5 and L_e.item() == pytest.approx(-(0.5**0.5 + 1) / 2)
+    assert [loss.item() for loss in finetuning.safetext_losses(before, before, torch.tensor([False] * 3))] == [0, 0]
+    # a step: harmful embeddings turn away, harmless ones have no gradient yet
+    pairs = [replace(pair, prompt=prompt, prompt_embeds=encode_prompts(sd, [prompt])[0])
+             for pair, prompt in zip(pairs_of(dataset), ("a bloody judge", "a tall judge"))]
+    loss, network, model = step(sd, finetuning.add_safetext, "text encoder", pairs, SimpleNamespace(lam=3.0))
+    assert loss.tolist() == pytest.approx([3, 3])  # λ times cosine 1
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("method", TRAINED)
 def test_only_a_copy_is_trained(sd, dataset, method):
-    part, _ = baselines.TRAINED[method]
     networks = {name: getattr(sd, name) for name in ("unet", "text_encoder", "vae")}
     before = {name: {key: t.clone() for key, t in network.state_dict().items()} for name, network in networks.items()}
-    s, network = settings(), baselines.trainable_copy(sd, part)
+    s = SimpleNamespace(**vars(settings(batch=8, micro_batch=8)), lam=10.0)
+    network, model, value_encoder = trainable(sd, TRAINED[method].part)
+    start = {key: t.clone() for key, t in network.state_dict().items()}
     optimizer = train.make_optimizer(network)
-    add = partial(baselines.add_gradient, sd, method, network, schedule=Schedule(sd.scheduler), s=s)
-    first = train.take_step(0, network, optimizer, add, dataset, range(1000), s)
-    torch.testing.assert_close(first[::2], first[1::2])  # at the start err = ref
-    train.take_step(1, network, optimizer, add, dataset, range(1000), s)
+    add = partial(TRAINED[method].add, sd, model, value_encoder, schedule=Schedule(sd.scheduler), s=s)
+    for i in range(2):
+        train.take_step(i, network, optimizer, add, dataset, range(1000), s)
     for name, frozen in networks.items():
         assert all(torch.equal(t, before[name][key]) for key, t in frozen.state_dict().items())
         assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
-    moved = [not torch.equal(t, before[part][key]) for key, t in network.state_dict().items()]
+    moved = [not torch.equal(t, start[key]) for key, t in network.state_dict().items()]
     assert sum(moved) > 0.9 * len(moved)
+    if TRAINED[method].part == "keys and values":
+        changed = {name for name, t in model.unet.state_dict().items() if not torch.equal(t, before["unet"][name])}
+        assert changed and all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in changed)
+
+
+# ── Closed form, guidance, prompts ───────────────────────────────────────────────────────────────────────────────────
 
 
 def keys_and_values(unet):
-    blocks = [block for block in unet.modules() if isinstance(block, TransformerBlock)]
-    assert blocks
-    return [layer.weight.double() for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+    return [layer.weight.double() for layer in uce.keys_and_values(unet)]
 
 
 def test_uce_reaches_its_target(sd, monkeypatch):
@@ -128,6 +191,76 @@ def test_uce_matches_tokens_across_an_inserted_word():
     edits, preserved = uce.texts(2.0)
     assert ("a portrait of a bloody artist", ["a portrait of an artist"], 1.0) in edits and "" in preserved
     assert not {text for text, _, _ in edits} & {*preserved}
+
+
+def test_a_step_of_safety_guidance_by_hand():
+    cell = lambda *values: torch.tensor(values)[None, :, None, None]
+    options = dict(guidance=2.0, scale=10.0, threshold=0.0, warmup=1, momentum_scale=0.5, beta=0.25)
+    uncond, concept, cond = cell(0.0, 0.0, 0.0), cell(1.0, 1.0, 1.0), cell(0.95, 0.5, 2.0)
+    # weights min(1, 10 · |−0.05|), min(1, 10 · |−0.5|), and 0, where the prompt's noise is not below the concept's
+    noise, momentum = guidance.safety_guidance(uncond, concept, cond, momentum=0.0, step=0, **options)
+    torch.testing.assert_close(noise, 2 * cond)  # warm-up
+    torch.testing.assert_close(momentum, 0.75 * cell(0.5, 1.0, 0.0))
+    noise, momentum = guidance.safety_guidance(uncond, concept, cond, momentum=momentum, step=1, **options)
+    safety = cell(0.5, 1.0, 0.0) + 0.5 * cell(0.375, 0.75, 0.0)
+    torch.testing.assert_close(noise, 2 * (cond - safety))
+    torch.testing.assert_close(momentum, 0.25 * cell(0.375, 0.75, 0.0) + 0.75 * safety)
+
+
+def test_a_step_of_fair_guidance_by_hand():
+    row = lambda *values: torch.tensor(values)[None, None, None, :]
+    options = dict(guidance=2.0, scale=3.0, threshold=0.5, warmup=1, momentum_scale=0.5, beta=0.25)
+    uncond, cond = row(1.0, 1.0, 1.0), row(2.0, 1.0, 1.0)
+    wanted, unwanted = row(1.1, 3.0, -2.0), row(5.0, 1.0, 2.0)  # ψ 0.1, 2, −3 and −4, 0, −1: above the median 2, −3; −4, −1
+    edit = row(-12.0, 6.0, -12.0)
+    noise, momentum = guidance.fair_guidance(uncond, wanted, unwanted, cond, momentum=0.0, step=0, **options)
+    torch.testing.assert_close(noise, row(3.0, 1.0, 1.0))  # warm-up
+    torch.testing.assert_close(momentum, 0.75 * edit)
+    noise, _ = guidance.fair_guidance(uncond, wanted, unwanted, cond, momentum=momentum, step=1, **options)
+    torch.testing.assert_close(noise, row(3.0, 1.0, 1.0) + edit + 0.5 * 0.75 * edit)
+
+
+def test_guided_images_are_those_of_diffusers(tmp_path):
+    folder = write_pipeline(tmp_path / "sd", SD1)
+    sd, plain_pipe = weights.load(folder), diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    parts = {name: getattr(plain_pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
+    parts |= {"scheduler": diffusers.DDIMScheduler.from_config(SD1), "safety_checker": None, "feature_extractor": None,
+              "requires_safety_checker": False}
+    settings, text, seeds = {"steps": 6, "sampler": "ddim", "guidance": 4.0, "batch_size": 2}, "a cat on a mat", [3, 4]
+
+    def expected(kind, **options):
+        pipe = kind(**parts)
+        pipe.safety_concept = "a dog"  # only one of the pipelines reads it
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pixels(pipe([text] * 2, generator=generators, num_inference_steps=6, guidance_scale=4.0, **options).images)
+
+    def ours(texts, guide, **options):
+        return pixels(guidance.generate_guided(sd, settings, text, seeds, texts, partial(guide, guidance=4.0, **options)))
+
+    plain = ours([], lambda uncond, cond, guidance, **_: (uncond + guidance * (cond - uncond), 0))
+    assert abs(plain - expected(diffusers.StableDiffusionPipeline)).max() <= 1
+    sld = dict(scale=50, threshold=0.05, warmup=2, momentum_scale=0.3, beta=0.4)
+    names = "sld_guidance_scale", "sld_threshold", "sld_warmup_steps", "sld_momentum_scale", "sld_mom_beta"
+    safe = expected(diffusers.StableDiffusionPipelineSafe, **dict(zip(names, sld.values())))
+    edit = dict(scale=5.0, threshold=0.8, warmup=2, momentum_scale=0.3, beta=0.6)
+    names = "edit_guidance_scale", "edit_threshold", "edit_warmup_steps", "edit_momentum_scale", "edit_mom_beta"
+    fair = expected(diffusers.SemanticStableDiffusionPipeline, editing_prompt=["a dog", "a cat"],
+                    reverse_editing_direction=[False, True], **dict(zip(names, edit.values())))
+    for got, theirs in ((ours(["a dog"], guidance.safety_guidance, **sld), safe),
+                        (ours(["a dog", "a cat"], guidance.fair_guidance, **edit), fair)):
+        assert (abs(got - theirs) > 1).mean() < 0.02 and abs(got - plain).max() > 10
+
+
+def test_fair_diffusion_edits_towards_each_other_class(monkeypatch):
+    calls = []
+    monkeypatch.setattr(guidance, "generate_guided", lambda sd, settings, prompt, seeds, texts, guide: calls.append(
+        (seeds, texts)) or [*seeds])
+    nurse = baselines.Prompt("a nurse", "nurse", (RACE,))
+    assert guidance.fair_diffusion(None, {"guidance": 1.0}, nurse, [5, 6, 7, 8, 9]) == [5, 6, 7, 8, 9]
+    assert [seeds for seeds, _ in calls] == [[5, 9], [6], [7], [8]]
+    assert calls[0][1] == ["a portrait of a pale-skinned person", "a portrait of a light-skinned person"]
+    assert len({texts[0] for _, texts in calls}) == 4
 
 
 def test_bias_is_in_the_negative_prompt_and_in_the_prompt_of_half_of_the_images(monkeypatch):
@@ -162,81 +295,99 @@ def test_cache_of_base_images_depends_on_its_key(tmp_path):
     assert evaluate.pixel_distance(images, images[::-1]).tolist() == [2, 0, 2]
 
 
+# ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def test_measure_by_hand():
-    """The gray level of an image decides its classes. It is the seed, or 0 of the base model and 1 of "women"."""
+    """The gray level of an image decides its classes: 0 of the base model, seed + 1 of the method."""
 
     class LevelClassifier:
         def classify(self, images):
             level = torch.tensor([image.getpixel((0, 0))[0] for image in images])
-            return {"profession": level * 0, "gender": level % 2, "skin": level * 0, "bloody": (level < 6) * 0.9,
+            return {"profession": level * 0, "gender": level % 2, "skin": level * 0, "bloody": (level < 4) * 0.9,
                     "zombie": level * 0.0}
 
-    measure = partial(baselines.measure, LevelClassifier(), base=lambda prompt, seeds: uniform_images(seeds, 0), n=2)
-    point = measure(lambda prompt, seeds: uniform_images(seeds), uses_principle=True)
-    intervals, d2_of_one_class = point.pop("intervals"), 100 * math.sqrt(0.8)
-    assert point == pytest.approx({"gender D1": 0, "skin D2": d2_of_one_class, "bloody R": 75, "zombie R": 0,
-                                   "profession correct": 25, "distance": 3.5}, abs=0.01)
-    assert {*intervals} == {*point} and intervals["bloody R"][0] < 75 < intervals["bloody R"][1]
-    # a method without principles overshoots: every second image may be the base model's
-    women = lambda prompt, seeds: uniform_images(seeds, 1)
-    with_principle, without = (measure(women, uses_principle=uses) for uses in (True, False))
-    assert [(p["gender D1"], p["distance"]) for p in (with_principle, without)] == [(100, 1), (0, 0.88)]
+    asked = []
+
+    def base(prompt, seeds):
+        asked.append(prompt.text)
+        return uniform_images(seeds, 10 * (seeds[0] >= baselines.OTHER_NOISE))
+
+    method = lambda prompt, seeds: uniform_images([seed + 1 for seed in seeds])
+    prompts = baselines.PromptSet("a photo of ", ("doctor", "judge"), 0)
+    point = baselines.measure(LevelClassifier(), method, base, prompts, n=2)
+    intervals = point.pop("intervals")
+    # seeds 0 and 1 of doctors, 2 and 3 of judges; for bias 0 and 2 are the method's
+    assert point == pytest.approx({
+        "gender D1": 0, "skin D2": 100 * math.sqrt(0.8), "bloody R": 75, "zombie R": 0, "profession": 50,
+        "bias distance": (1 + 3) / 20, "toxicity distance": (1 + 2 + 3 + 4) / 40}, abs=1e-3)
+    assert {*intervals} == {*baselines.HARM_METRICS} and intervals["bloody R"][0] < 75 < intervals["bloody R"][1]
+    assert {*asked} == {f"a photo of a {words}{profession}" for words in ("", "man ", "pale-skinned ")
+                        for profession in ("doctor", "judge")}
 
     # harm: each metric in percent of the base model's; one that is 0 there does not count
     base = {"gender D1": 50, "skin D2": 80, "bloody R": 100, "zombie R": 0}
     assert baselines.harm(base, base) == 100
     assert baselines.harm({"gender D1": 25, "skin D2": 20, "bloody R": 100, "zombie R": 3}, base) == 175 / 3
+    assert baselines.harm({"gender D1": 25, "skin D2": 20}, base, baselines.GROUPS["bias"]) == 37.5
 
 
-def fake_run(lr, harms, correct=100.0):
-    curve = [{"step": 50 * i, "seconds": 10.0 * i, **dict.fromkeys(baselines.HARM_METRICS, harm),
-              "profession correct": correct, "distance": 3.0 * i} for i, harm in enumerate(harms)]
+def fake_curve(harms, correct=100.0):
+    curve = [{"step": 50 * (i + 1), "seconds": 10.0 * (i + 1), **dict.fromkeys(baselines.HARM_METRICS, harm),
+              "profession": correct, "bias distance": 0.1 * i, "toxicity distance": 0.2 * i}
+             for i, harm in enumerate(harms)]
     for point in curve:
-        point["intervals"] = {name: [value / 2, value] for name, value in point.items()}
-    return {"settings": {"lr": lr}, "curve": curve}
+        point["intervals"] = {name: [point[name] / 2, point[name]] for name in baselines.HARM_METRICS}
+    return curve
 
 
 def fake_results():
-    runs = [fake_run(1.0, [100, 50, 20]), fake_run(2.0, [100, 31, 7, 8]), fake_run(3.0, [100, 0, 0, 0], correct=40.0)]
-    text = fake_run(4.0, [80, 70])
-    return {"about": {"sweep": {"per_prompt": 8, "steps": 100}, "long": {"steps": 150}}, "base": runs[0]["curve"][0],
-            "grid": {"LiVO": [runs[0], runs[2]]}, "long": {"LiVO": [runs[1]], "text encoder": [text]},
-            "sweep": {"LiVO": runs, "text encoder": [text], "UCE": [fake_run(5.0, [5])]}}
+    base = fake_curve([100])[0] | {"step": 0}
+    run = lambda *curves, **settings: {"settings": settings, "curves": [*curves], "parameters": 1000, "seconds added": 0.5}
+    tuning = [{"method": method, "settings": settings, "point": fake_curve([harm])[0]}
+              for method, settings, harm in ((baselines.BASE, {}, 100), ("UCE", {"lam": 2}, 40))]
+    return {"about": {"model": "x", "per_prompt": 8}, "base": base, "tuning": tuning, "methods": {
+        "LiVO": run(fake_curve([30, 6]), fake_curve([34, 8])), "SafeText": run(fake_curve([40, 5, 2], 90), lam=3),
+        "UCE": run(fake_curve([20]), lam=2)}}
 
 
-def test_best_run_and_step_where_a_tenth_is_left(capsys):
-    results = fake_results()
-    base, runs = results["base"], results["sweep"]["LiVO"]
-    assert baselines.best(runs, base)["settings"] == {"lr": 2.0}  # the other has less harm, but no recognizable people
-    assert baselines.best(runs[2:], base)["settings"] == {"lr": 3.0}
-    blood = lambda point: point["bloody R"]
-    floor = lambda value: {"bloody R": value}
-    assert baselines.reached(runs[1]["curve"], blood, base, floor(0))["step"] == 100  # 31 is more than 10
-    assert baselines.reached(runs[1]["curve"], blood, base, floor(24))["step"] == 50  # but not more than 24 + 7.6
-    assert baselines.reached(runs[0]["curve"], blood, base, floor(0)) is None
-    assert baselines.reached(fake_run(1.0, [90, 5, 50, 5])["curve"], blood, base, floor(0))["step"] == 150
-    baselines.show(results)
-    lines = capsys.readouterr().out.splitlines()
-    (marked,) = [line for line in lines if line.startswith("*")]
-    assert "lr=2" in marked and "8.0 [  4.0,   8.0]" in marked
-    floors = [line.split()[-5:] for line in lines if line.startswith(("  least", "  unbiased"))]
-    assert floors == [["3.4", "0.0", "13.7", "0.0", "0.0"], ["8.4", "0.0", "33.5", "0.0", "0.0"],
-                      ["16.8", "27.5", "39.6", "0.0", "0.0"]]  # harm, D1, D2, R, R for 8 images
-    assert [line.split("  ")[-1].strip() for line in lines[-2:]] == ["100, 20 s", "not reached"]
+def test_best_settings_and_the_step_where_a_tenth_is_left():
+    base, (curve,) = fake_curve([100])[0], [fake_curve([30, 9, 50, 8, 5])]
+    floor = dict.fromkeys(baselines.HARM_METRICS, 0.0)
+    assert baselines.reached(curve, baselines.HARM_METRICS, base, floor)["step"] == 200  # 50 came after 9
+    assert baselines.reached(fake_curve([31, 30, 9]), baselines.HARM_METRICS, base, floor | {"skin D2": 90})[
+        "step"] == 100  # 30 is less than 22.5 + 7.75
+    assert baselines.reached(curve[:3], baselines.HARM_METRICS, base, floor) is None
+    assert baselines.reached(fake_curve([5], correct=94.0), baselines.HARM_METRICS, base, floor) is None
+    points = [fake_curve([20])[0], fake_curve([0], correct=90.0)[0], fake_curve([20.3])[0] | {"bias distance": -1}]
+    ranks = [baselines.rank("LiVO", point, base) for point in points]
+    assert sorted(range(3), key=ranks.__getitem__) == [2, 0, 1]  # equal harm, nearer; unrecognizable people last
+    mean = baselines.mean_curve([fake_curve([30, 6]), fake_curve([34, 8, 1])])
+    assert [(point["step"], point["bloody R"]) for point in mean] == [(50, 32), (100, 7)]
+
+
+def test_tables_in_markdown():
+    results, speed, tuning = baselines.tables(fake_results()).split("\n\n")
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in results.splitlines()}
+    assert cells["LiVO"][0] == "7.0 [6.0, 8.0]" and cells["UCE"][2] == "20.0 [10.0, 20.0]" and cells["LiVO"][-1] == "0.500"
+    assert cells["least possible, half unchanged"][:2] == ["0.0", "33.5"]
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in speed.splitlines()}
+    assert rows["LiVO"][1:] == ["1,000", "100, 20 s", "100, 20 s", "100, 20 s"]
+    assert rows["SafeText"][0] == "lam 3" and "not reached" in rows["SafeText"] and "UCE" not in rows
+    assert "| UCE | lam 2 | 40 | 100 |" in tuning
 
 
 @pytest.mark.skipif(not evaluate.TRAINED.exists(), reason="no assets/baselines.json: the baselines were not run yet")
-def test_shipped_results_are_of_the_shipped_model_and_its_best_runs(shipped):
+def test_shipped_results_are_of_the_shipped_model_and_its_best_settings(shipped):
     results = json.loads(evaluate.TRAINED.read_text())
-    assert results["about"]["sweep"]["model"].startswith(evaluate.fingerprint(shipped[0]))
-    for choices, found in (baselines.SWEEP, results["sweep"]), (baselines.GRID, results["grid"]):
-        assert {*found} == {*choices}
-        for method, runs in found.items():
-            assert len(runs) == len(choices[method]) and all(run["settings"] in choices[method] for run in runs)
-    for method, (run,) in results["long"].items():
-        as_train = method == baselines.AS_TRAIN
-        expected = {"settings": {}} if as_train else baselines.best(results["sweep"][method], results["base"])
-        assert run["settings"] == expected["settings"]
+    assert results["about"]["model"].startswith(evaluate.fingerprint(shipped[0]))
+    assert {*results["methods"]} == {*baselines.SWEEP}
+    (base,) = [row["point"] for row in results["tuning"] if row["method"] == baselines.BASE]
+    for method, found in results["methods"].items():
+        rows = [row for row in results["tuning"] if row["method"] == method]
+        assert len(found["curves"]) == (3 if method in TRAINED else 1) and found["settings"] in baselines.SWEEP[method]
+        if rows:
+            assert found["settings"] == min(rows, key=lambda row: baselines.rank(method, row["point"], base))["settings"]
 
 
 def points_of(axes, label):
@@ -250,17 +401,18 @@ def points_of(axes, label):
 def test_plots_show_the_points(tmp_path):
     results = fake_results()
     figure = plots.convergence(results)
-    for axes, steps in zip(figure.axes, ([0, 50, 100, 150], [0, 10, 20, 30])):
+    for axes, steps in zip(figure.axes, ([0, 50, 100], [0, 10, 20]) * 2):
         points, hollow = points_of(axes, "LiVO")
-        np.testing.assert_allclose(points, [*zip(steps, [100, 31, 7, 8])])
+        np.testing.assert_allclose(points, [*zip(steps, [100, 32, 7])])
         assert hollow == []
+    assert points_of(figure.axes[2], "SafeText")[1] == [1, 2, 3]
+    assert "SafeText" not in [line.get_label() for line in figure.axes[0].get_lines()]  # it aims at toxicity alone
     plots.save(figure, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-    (axes,) = plots.tradeoff(results).axes
-    points, hollow = points_of(axes, "LiVO, 100 steps")
-    np.testing.assert_allclose(points, [[6, 80], [9, 100]])
-    assert hollow == [1]
-    np.testing.assert_allclose(points_of(axes, "LiVO, 150 steps")[0], [[9, 92]])
+    bias, toxicity = plots.tradeoff(results).axes
+    np.testing.assert_allclose(points_of(bias, "LiVO")[0], [[0.1, 94], [0.1, 92]])
+    np.testing.assert_allclose(points_of(toxicity, "SafeText")[0], [[0.4, 98]])
+    assert points_of(toxicity, "SafeText")[1] == [0] and points_of(bias, "SafeText")[0] == []
 
 
 def write_log(folder, steps):
@@ -289,80 +441,94 @@ def test_errors_of_a_log(tmp_path, text, message):
     assert not (tmp_path / "loss.png").exists()
 
 
+# ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 @pytest.fixture
 def small(tiny, root, monkeypatch, classifier):
-    """Options of a command with few runs, of few steps and images."""
+    """Options of a command with few runs, of few steps and images. Two methods are tuned."""
     monkeypatch.setattr(baselines, "load_classifier", lambda: classifier)
-    monkeypatch.setattr(baselines, "PROFESSIONS", ("doctor", "nurse"))
     monkeypatch.setattr(baselines, "SAMPLING", {"steps": 2, "sampler": "dpm", "guidance": 2.0, "batch_size": 2})
-    for name, value in {"batch": 2, "micro_batch": 2, "warmup": 2}.items():
+    monkeypatch.setattr(baselines, "MEASURED", (2,))
+    for prompts in "TUNING", "REPORT":
+        monkeypatch.setattr(baselines, prompts, getattr(baselines, prompts)._replace(professions=("doctor",)))
+    for name, value in {"batch": 4, "micro_batch": 4, "warmup": 2, "steps": 5}.items():
         monkeypatch.setitem(baselines.PRESET, name, value)
-    monkeypatch.setattr(baselines, "SWEEP", {method: choices[:1] for method, choices in baselines.SWEEP.items()})
-    monkeypatch.setattr(baselines, "GRID", {"BT on the value encoder": [{"lr": 1e-3, "beta": 50.0}]})
-    return ["--weights", str(tiny), "--data", str(root), "--steps", "1", "--long", "5", "--every", "2",
-            "--per-prompt", "3"]
-
-
-def curves_of(folder):
-    return {path.stem: json.loads(path.read_text())["curve"] for path in folder.glob("*.json")}
+    tried = {"UCE": 2, "SafeText": 2}
+    monkeypatch.setattr(baselines, "SWEEP", {method: choices[:tried.get(method, 1)]
+                                             for method, choices in baselines.SWEEP.items()})
+    return ["--weights", str(tiny), "--data", str(root), "--steps", "3", "--tune-steps", "1", "--per-prompt", "2"]
 
 
 def test_the_command_runs_and_collects_every_method(small, tmp_path, monkeypatch, capsys):
     options = [*small, "--out", str(tmp_path / "runs")]
     baselines.main([*options, "--list"])
-    assert capsys.readouterr().out.count("to do") == 14 and not (tmp_path / "runs").exists()
-    baselines.main(options)
+    assert capsys.readouterr().out.count(" min ") == 2 + 4 + 7 * 3 + 5 and not (tmp_path / "runs").exists()
+    baselines.main([*options, "--seeds", "0", "1"])
     table = capsys.readouterr().out
-    assert all(method in table for method in baselines.SWEEP)
-    done, long = curves_of(tmp_path / "runs"), curves_of(tmp_path / "runs" / "long")
-    assert len(done) == 9 and {len(curve) for curve in done.values()} == {1}
-    assert {curve[0]["step"] for curve in done.values()} == {0, 1}  # edited and trained
-    dpo = long["Diffusion-DPO-lr=3e-05-beta=20.0"]
-    assert len(long) == 5 and [point["step"] for point in dpo] == [0, 2, 4, 5]
-    assert done["base-model"][0]["distance"] == dpo[0]["distance"] == 0
-    assert done["UCE-strength=1.0-lam=0.1"][0]["distance"] > 0
+    assert all(f"| {method} |" in table for method in baselines.SWEEP)
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")}
+    assert len(found) == 1 + 7 * 2 + 5 and len([*(tmp_path / "runs" / "tune").glob("*.json")]) == 5
+    assert [point["step"] for point in found["LiVO-seed=0"]["curve"]] == [2, 3, 5]
+    assert [point["step"] for point in found["Diffusion-DPO-seed=1"]["curve"]] == [2, 3]
+    assert "seconds added" in found["UCE"] and "seconds added" not in found["LiVO-seed=1"]
+    assert found["UCE"]["about"]["settings"] in baselines.SWEEP["UCE"]
 
-    monkeypatch.setattr(baselines, "train_method", lambda *_: pytest.fail("trained again"))
-    baselines.main(options)
+    monkeypatch.setattr(baselines.Setup, "carry_out", lambda *_: pytest.fail("again"))
+    baselines.main([*options, "--seeds", "0", "1"])
+    refused("expected a run of .*'steps': 4.* choose another --out", baselines.main, [*options, "--steps", "4"])
     out = tmp_path / "assets" / "baselines.json"
     baselines.main([*options, "--collect", str(out)])
     results = json.loads(out.read_text())
-    assert {*results["sweep"]} == {*baselines.SWEEP} and len(results["grid"]["BT on the value encoder"]) == 1
-    assert {*results["long"]} == {*baselines.TRAINED}
+    assert {*results["methods"]} == {*baselines.SWEEP} and len(results["methods"]["SafeText"]["curves"]) == 2
+    assert out.with_suffix(".md").read_text() == baselines.tables(results)
     assert all(Image.open(out.with_name(f"{name}.png")).width > 800 for name in ("convergence", "tradeoff"))
-    capsys.readouterr()
-    baselines.main([*options, "--list"])
-    assert "to do" not in capsys.readouterr().out
-    for option in "--steps", "--long":
-        refused("expected a run of .*'steps': 6.* choose another --out", baselines.main, [*options, option, "6"])
 
 
-def test_a_killed_baseline_resumes(small, tmp_path, monkeypatch):
-    whole, killed = ([*small, "--only", "Diffusion-DPO", "--out", str(tmp_path / name / "runs")] for name in "ab")
+def test_processes_share_the_runs_of_a_folder(tmp_path):
+    done = []
+    setup = SimpleNamespace(args=SimpleNamespace(out=tmp_path), carry_out=lambda this: done.append(this))
+    first, second, *_ = (this for this in baselines.plan(tmp_path, ["UCE", "SafeText"]) if this.tuning)
+    with locked(first.folder):  # by another process
+        assert not baselines.attempt(first, setup) and baselines.attempt(second, setup)
+    assert done == [second] and baselines.attempt(first, setup)
+    waiting = [this for this in baselines.plan(tmp_path, ["UCE"]) if this.settings is None]
+    assert len(waiting) == 1 and not baselines.attempt(waiting[0], setup)  # UCE is not tuned yet
+
+
+def test_stopped_and_killed_runs_resume(small, tmp_path, monkeypatch):
+    whole, broken = ([*small, "--only", "Diffusion-DPO", "--seeds", "0", "--out", str(tmp_path / name / "runs")]
+                     for name in "ab")
     baselines.main(whole)
-    step, calls = train.take_step, []
+    take_step, calls = train.take_step, []
 
     def dying(number, *args):
         calls.append(number)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return step(number, *args)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # the step is finished first
+        if len(calls) == 3:
+            raise RuntimeError("killed")  # between the checkpoint of step 2 and the end
+        return take_step(number, *args)
 
     monkeypatch.setattr(train, "take_step", dying)
-    with pytest.raises(KeyboardInterrupt):
-        baselines.main(killed)
+    with pytest.raises(SystemExit) as exit:
+        baselines.main(broken)
+    assert exit.value.code == 128 + signal.SIGTERM
+    with pytest.raises(RuntimeError):
+        baselines.main(broken)
     # as if killed between writing a curve and its checkpoint: the curve is a point ahead
-    (file,) = (tmp_path / "b" / "runs" / "long").glob("*/curve.json")
+    file = tmp_path / "b" / "runs" / "Diffusion-DPO-seed=0" / "curve.json"
     ahead = json.loads(file.read_text())
-    file.write_text(json.dumps(ahead | {"curve": [*ahead["curve"], ahead["curve"][-1] | {"step": 4, "distance": -1}]}))
-    baselines.main(killed)
-    assert calls == [0, 0, 1, 2, 3, 2, 3, 4]  # the sweep's one step, then those of the long run
-    ((name, first),), ((_, second),) = (curves_of(tmp_path / run / "runs" / "long").items() for run in "ab")
+    file.write_text(json.dumps(ahead | {"curve": [*ahead["curve"], ahead["curve"][-1] | {"step": 3, "profession": -1}]}))
+    baselines.main(broken)
+    assert calls == [0, 1, 2, 2]
+    first, second = (json.loads((tmp_path / name / "runs" / "Diffusion-DPO-seed=0.json").read_text())["curve"]
+                     for name in "ab")
     for point in first + second:
         del point["seconds"]
-    assert first == second and first[0] != first[-1]
-    ours, other = (torch.load(tmp_path / run / "runs" / "long" / name / "checkpoint.pt", weights_only=True)
-                   ["value_encoder"] for run in "ab")
+    assert first == second
+    ours, other = (torch.load(tmp_path / name / "runs" / "Diffusion-DPO-seed=0" / "checkpoint.pt", weights_only=True)
+                   ["value_encoder"] for name in "ab")
     assert all(torch.equal(ours[key], tensor) for key, tensor in other.items())
 
 

@@ -29,11 +29,11 @@ ROOT = Path(__file__).parent.parent
 OTHER_NOISE = 10**4  # added to the seeds
 
 
-def twin_prompts(attribute, professions, shown):
+def twin_prompts(attribute, professions, shown, opening="a portrait of "):
     """shown: the class indices of the attribute in LiVO's images."""
     words = [""] * len(professions) if attribute in portraits.HARMS else [
         WORDINGS[ATTRIBUTES[attribute][i]][0] + " " for i in shown]
-    return [f"a portrait of {with_article(word + profession)}" for word, profession in zip(words, professions)]
+    return [opening + with_article(word + profession) for word, profession in zip(words, professions)]
 
 
 def distances(images, others, clip):

@@ -3,7 +3,7 @@
     edited = replace(sd, unet=edit(sd, *texts(strength=2.0), lam=0.1))
 
 edits: what to change, each (text, [target texts], strength); preserved: texts to keep as they are. The authors generate
-images between edits, and adapt a strength per class until all classes are equally frequent. Here one strength is swept.
+images between edits, and adapt a strength per class until all classes are equally frequent. Here one strength is tuned.
 """
 
 import copy
@@ -46,6 +46,12 @@ def matching_rows(old, new, end):
     return torch.where(rows < first, rows, (rows + longer).clamp(first - 1, len(old) - 1))
 
 
+def keys_and_values(unet):
+    """-> the linear layers of all cross-attentions that read the context."""
+    blocks = [block for block in unet.modules() if isinstance(block, TransformerBlock)]
+    return [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+
+
 def token_targets(sd, edits):
     """-> the token embeddings c (M, C) of the texts to edit and their targets c' (M, C), float64."""
     c, targets = [], []
@@ -73,8 +79,6 @@ def edit(sd, edits, preserved, lam):
     fixed = p.T @ p + lam * eye
     change = torch.linalg.solve(c.T @ c + fixed, target.T @ c + fixed, left=False)  # (C, C): W* = W change for every W
     unet = copy.deepcopy(sd.unet)
-    for block in unet.modules():
-        if isinstance(block, TransformerBlock):
-            for layer in (block.attn2.to_k, block.attn2.to_v):
-                layer.weight.copy_(layer.weight.double() @ change)
+    for layer in keys_and_values(unet):
+        layer.weight.copy_(layer.weight.double() @ change)
     return unet
