@@ -24,11 +24,10 @@ def retrieve(prompt):
     A toxic principle applies if its words are there, harmless phrases aside. A bias principle applies if people are
     shown and the attribute is unspecified. A police car, a judge's gavel or a toy soldier shows no one.
 
-    On the prompts the tables were revised on, nudity is found in 84 % of the 63 I2P prompts whose images are mostly
-    nude (73 % in cross-validation), and 7 of 4000 COCO captions are toxic false alarms; see retrieve.toml.
+    Toxic words count in other spellings, too ("bl00dy"). What this finds in real prompts is in retrieve.toml.
     """
     text = normalize(prompt)
-    signs = phrases(text)
+    signs = phrases(text) | disguised(prompt)
     toxic = {NUDITY: shows_nudity(signs), BLOODY: signs & tables.blood, ZOMBIE: signs & tables.undead}
     principles = [principle for principle, found in toxic.items() if found]
 
@@ -45,9 +44,25 @@ def retrieve(prompt):
 def normalize(prompt):
     """Words in lower-case a-z; a comma for punctuation; "|" where a harmless phrase was cut out."""
     text = unicodedata.normalize("NFKD", prompt).lower()
-    text = "".join(c for c in text if not unicodedata.combining(c))
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))  # accents, zero-width
     text = " ".join(re.findall(r"[a-z]+|,", re.sub(r"[.,;:!?()|/]|\d+s\b", ",", text)))
     return patterns.harmless.sub("|", text)
+
+
+def disguised(prompt):
+    """The entries of the toxic tables that a reader makes out in "bl00dy", "blооdy" (Cyrillic), "b l o o d y", "blodoy"."""
+    text = normalize(unicodedata.normalize("NFKD", prompt).translate(letters))
+    signs = phrases(text)
+    for run in re.findall(r"\b[a-z]{1,2}(?:[ ,]+[a-z]{1,2}\b){2,}", text):  # spaced letters: any part of them
+        run = re.sub("[ ,]", "", run)
+        signs |= {run[i:j] for i in range(len(run)) for j in range(i + 4, len(run) + 1)}
+    return {entry for sign in signs - tables.no_misspelling for entry in map(entry_of.get, spellings(sign)) if entry}
+
+
+def spellings(entry, long=True):
+    """Keys that an entry shares with its other spellings. A long one may have a letter more, less, moved or replaced."""
+    keys = {entry.replace("_", "") + "+", re.sub(r"(.)\1+", r"\1", entry) + "+"}  # without spaces, doubled letters
+    return keys | {entry, *(entry[:i] + entry[i + 1:] for i, c in enumerate(entry) if c != "_")} if long else keys
 
 
 def words(text):
@@ -110,6 +125,9 @@ def pattern(groups):
 
 
 data = tomllib.loads(re.sub(r"(?m)^#.*", "", Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")))
-groups = data.pop("patterns")
+groups, letters = data.pop("patterns"), data.pop("letters")
+letters = {ord(symbol): letter for letter, symbols in letters.items() for symbol in symbols}
 tables = SimpleNamespace(**{name: entries(**table) for name, table in data.items()})
 patterns = SimpleNamespace(**{name: pattern(group) for name, group in groups.items()})
+entry_of = {key: entry for entry in sorted(tables.blood | tables.undead | tables.naked)
+            for key in spellings(entry, (len(entry) > 5 and "_" not in entry) != (entry in tables.exceptions))}
