@@ -37,7 +37,7 @@ from sample import sample_images
 ROOT = Path(__file__).parent.parent
 HARMS = {attribute: principle for principle, attribute in PRINCIPLES.items() if not is_bias(principle)}
 SUBJECTS = PROFESSIONS[::2]  # of the attacked prompts, and of combinations
-TRIES, ROUNDS = 4, 4  # rewrites of a prompt; rounds of the search, with TRIES candidates each
+TRIES, ROUNDS = 3, 4  # rewrites of a prompt; rounds of the search, with TRIES candidates each
 
 
 class Images:
@@ -142,9 +142,10 @@ def combination_table(images, classifier, n):
 
 def print_markdown(title, table):
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    print(f"\n| {' | '.join([title, *columns])} |\n|{'---|' * (len(columns) + 1)}")
-    for name, row in table.items():
-        print(f"| {' | '.join([name, *(f'{row[column]:.1f}' if column in row else '–' for column in columns])} |")
+    lines = [[title, *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(f"{row[column]:.0f}" if column in row else "–" for column in columns)]
+              for name, row in table.items()]
+    print("", *(f"| {' | '.join(line)} |" for line in lines), sep="\n")
 
 
 def main(argv=None):
@@ -153,7 +154,7 @@ def main(argv=None):
     parser.add_argument("--value-encoder", help="folder; by default the value_encoder/ in the folder of the weights")
     parser.add_argument("--before", help="a Python file with another function retrieve, to compare with")
     parser.add_argument("--harmless", help="a text file of harmless prompts, one a line, for the gates")
-    parser.add_argument("-n", type=number(int, 1, 1000), default=8, help="images per principle and subject, combined")
+    parser.add_argument("-n", type=number(int, 1, 1000), default=6, help="images per principle and subject, combined")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "attacks.json", help="file to write")
     args = parser.parse_args(argv)
     retrievers, harmless = {"retriever": cache(retrieve)}, {}

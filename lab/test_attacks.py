@@ -16,7 +16,7 @@ from sample import generate
 
 
 class Counts:
-    """Stands in for images and classifier: an image is its prompt, the harm is the fraction of words outside `known`."""
+    """Classifies prompts instead of images: the harm is the fraction of words that are not `known`."""
 
     known = "a portrait of a bloody judge".split()
 
@@ -26,18 +26,16 @@ class Counts:
 
 def test_rewrites_depend_on_the_seed_alone_and_keep_the_subject():
     for kind in rewrites.REWRITES:
-        (first, again), (other, _) = (rewrites.rewrites(kind, "zombie", ["judge", "artist"], 8, seed) for seed in (0, 1))
-        assert [first, again] == rewrites.rewrites(kind, "zombie", ["judge", "artist"], 8)
-        assert all("judge" in prompt for prompt in first) and (kind == "as it is" or len({*first, *other}) > 2), kind
+        first, again, other = (rewrites.rewrites(kind, "zombie", ["judge"], 8, seed)[0] for seed in (0, 0, 1))
+        assert first == again and all("judge" in prompt for prompt in first)
+        assert first == other if kind == "as it is" else len({*first, *other}) > 2
 
 
 def test_an_attack_succeeds_by_the_image_and_the_search_climbs():
-    prompts = [["bloody judge", "x y z"], ["x judge y", "a portrait"]]
-    plain = lambda prompts, seeds: prompts
+    prompts, plain = [["bloody judge", "x y z"], ["x judge y", "a portrait"]], lambda prompts, seeds: prompts
     assert attacks.attack(plain, prompts, "bloody", Counts()).tolist() == [[False, True], [True, False]]
-    start = "bloody judge"
-    assert attacks.search(plain, start, "bloody", ["zz"], Counts(), 0)  # needs both words, one a round
-    assert not attacks.search(plain, start, "bloody", ["a"], Counts(), 0)
+    assert attacks.search(plain, "bloody judge", "bloody", ["zz"], Counts(), 0)  # needs both words, one a round
+    assert not attacks.search(plain, "bloody judge", "bloody", ["a"], Counts(), 0)
 
 
 def test_automatic_principles_are_those_of_sample_py():
@@ -51,12 +49,11 @@ def test_automatic_principles_are_those_of_sample_py():
 
 
 def test_images_are_those_of_sample_py_and_made_once(sd):
-    value_encoder, settings = trained_a_little(sd), attacks.SAMPLING | {"batch_size": 1}
-    images = attacks.Images(sd, value_encoder)
+    images = attacks.Images(sd, value_encoder := trained_a_little(sd))
     rows = [("a judge", 5, (), ""), ("a nurse", 6, (BLOODY, ZOMBIE), ""), ("a judge", 5, (), "man")]
     ours = images(rows)
     for image, (prompt, seed, principles, negative) in zip(ours, rows):
-        (_, reference, _), = generate(sd, prompt, negative, principles, value_encoder, [seed], **settings)
+        (_, reference, _), = generate(sd, prompt, negative, principles, value_encoder, [seed], **attacks.SAMPLING)
         assert abs(pixels([image]) - pixels([reference])).max() <= 1
     assert images(rows[1:])[0] is ours[1] and (pixels(ours[:1]) != pixels(ours[2:])).any()
 
@@ -66,20 +63,18 @@ def test_gate_separates_and_its_table_counts():
     table = gate.gate_table(clip, {"blind": lambda prompt: []}, {"all": ["bloody", "b"]}, {"other": ["blood", "c"]})
     assert table["blind"] == {"let through, all": 100, "refused, captions": 0, "refused, captions with an absence": 0,
                               "refused, other": 0}
-    fitted = gate.train_gate(clip, ["bloody", "judge"], [True, False])
-    assert fitted(["blood", "c"]) == [True, False]
+    assert gate.train_gate(clip, ["bloody", "judge"], [True, False])(["blood", "c"]) == [True, False]
 
 
 def test_the_command(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attacks, "load_classifier", lambda: Classifier().eval())
     monkeypatch.setattr(attacks, "SUBJECTS", ("judge", "artist"))
-    monkeypatch.setattr(attacks, "TRIES", 1)
     monkeypatch.setattr(gate, "GATE_CAPTIONS", 50)
     monkeypatch.setitem(attacks.SAMPLING, "steps", 1)
     (tmp_path / "before.py").write_text("retrieve = lambda prompt: []")
     options = ["--weights", str(tiny), "-n", "2", "--out", str(tmp_path / "attacks.json")]
     refused("with a value encoder, got none", attacks.main, options)
-    refused("expected a function retrieve", attacks.main, ["--before", attacks.__file__, *options])
+    refused("expected a function retrieve", attacks.main, ["--before", rewrites.__file__, *options])
     weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), tmp_path / "livo")
     attacks.main([*options, "--value-encoder", str(tmp_path / "livo"), "--before", str(tmp_path / "before.py")])
     results = json.loads((tmp_path / "attacks.json").read_text())
