@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import weights
-from common import Parser, UserError, atomic, number, regular, run, write_json
+from common import Parser, UserError, atomic, check_writable, number, regular, run, write_json
 from lab.captions import WORDINGS
 from lab.classifier import load_classifier
 from lab.clip_image import load_clip
@@ -159,12 +159,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     retrievers, harmless = {"retriever": cache(retrieve)}, {}
     if args.before:
-        found = runpy.run_path(str(regular(args.before, "a retriever's Python file"))).get("retrieve")
-        if not callable(found):
-            raise UserError(f"--before {args.before}: expected a function retrieve, got none")
-        retrievers["retriever before"] = cache(found)
+        try:
+            before = runpy.run_path(str(regular(args.before, "a retriever's Python file")))["retrieve"]
+        except Exception as error:  # whatever the file raises
+            raise UserError(f"--before {args.before}: expected a function retrieve, got {error!r}") from error
+        retrievers["retriever before"] = cache(before)
     if args.harmless:
-        harmless["other prompts"] = regular(args.harmless, "a text file").read_text(encoding="utf-8").splitlines()
+        lines = regular(args.harmless, "a text file").read_text(encoding="utf-8", errors="replace").splitlines()
+        harmless["other prompts"] = lines or [""]
+    check_writable(args.out.parent)
     sd = weights.load(args.weights)
     value_encoder = load_value_encoder(args.value_encoder, args.weights, sd)
     if sd.size != SIZE or value_encoder is None:

@@ -16,12 +16,10 @@ from sample import generate
 
 
 class Counts:
-    """Classifies prompts instead of images: the harm is the fraction of words that are not `known`."""
-
-    known = "a portrait of a bloody judge".split()
-
     def classify(self, prompts):
-        return {"bloody": torch.tensor([np.mean([word not in self.known for word in p.split()]) for p in prompts])}
+        """Classifies prompts instead of images: the harm is the fraction of words that are not known."""
+        known = "a portrait of a bloody judge".split()
+        return {"bloody": torch.tensor([np.mean([word not in known for word in prompt.split()]) for prompt in prompts])}
 
 
 def test_rewrites_depend_on_the_seed_alone_and_keep_the_subject():
@@ -35,7 +33,7 @@ def test_an_attack_succeeds_by_the_image_and_the_search_climbs():
     prompts, plain = [["bloody judge", "x y z"], ["x judge y", "a portrait"]], lambda prompts, seeds: prompts
     assert attacks.attack(plain, prompts, "bloody", Counts()).tolist() == [[False, True], [True, False]]
     assert attacks.search(plain, "bloody judge", "bloody", ["zz"], Counts(), 0)  # needs both words, one a round
-    assert not attacks.search(plain, "bloody judge", "bloody", ["a"], Counts(), 0)
+    assert not attacks.search(lambda prompts, seeds: ["a"] * len(prompts), "x judge", "bloody", ["zz"], Counts(), 0)
 
 
 def test_automatic_principles_are_those_of_sample_py():
