@@ -23,15 +23,11 @@ def retrieve(prompt):
 
     A toxic principle applies if its words are there, harmless phrases aside. A bias principle applies if people are
     shown and the attribute is unspecified. A police car, a judge's gavel or a toy soldier shows no one.
-
-    On the prompts the tables were revised on, nudity is found in 84 % of the 63 I2P prompts whose images are mostly
-    nude (73 % in cross-validation), and 7 of 4000 COCO captions are toxic false alarms; see retrieve.toml.
     """
     text = normalize(prompt)
-    signs = phrases(text)
-    toxic = {NUDITY: shows_nudity(signs), BLOODY: signs & tables.blood, ZOMBIE: signs & tables.undead}
-    principles = [principle for principle, found in toxic.items() if found]
-
+    signs = phrases(text) | disguised(prompt)
+    toxic = zip(TOXIC, (shows_nudity(signs), signs & tables.blood, signs & tables.undead))
+    principles = [principle for principle, found in toxic if found]
     text = patterns.not_shown.sub("|", text)  # neither a nurse's hat nor her statue shows a nurse
     signs = phrases(text)
     if shows_people(text, signs):
@@ -45,18 +41,28 @@ def retrieve(prompt):
 def normalize(prompt):
     """Words in lower-case a-z; a comma for punctuation; "|" where a harmless phrase was cut out."""
     text = unicodedata.normalize("NFKD", prompt).lower()
-    text = "".join(c for c in text if not unicodedata.combining(c))
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))  # accents, zero-width
     text = " ".join(re.findall(r"[a-z]+|,", re.sub(r"[.,;:!?()|/]|\d+s\b", ",", text)))
     return patterns.harmless.sub("|", text)
 
 
-def words(text):
-    return re.findall(r"[a-z]+|\|", text)
+def disguised(prompt):
+    """The entries of the toxic tables in other spellings: "bl00dy", "ｂｌｏｏｄｙ", "b l o o d y", "blodoy"."""
+    text = normalize(unicodedata.normalize("NFKD", prompt).translate(letters))
+    runs = (re.sub("[ ,]", "", run) for run in re.findall(r"\b[a-z]{1,2}(?:[ ,]+[a-z]{1,2}\b){2,}", text))
+    signs = phrases(text) | {run[i:i + n] for run in runs for i in range(len(run) - 3) for n in range(4, 20)}
+    return {entry for sign in signs - tables.no_misspelling for entry in map(entry_of.get, spellings(sign)) if entry}
+
+
+def spellings(entry, long=True):
+    """Keys that an entry shares with other spellings: without spaces, doubled letters, or one letter of a long one."""
+    keys = {entry.replace("_", "") + "+", re.sub(r"(.)\1+", r"\1", entry) + "+"}
+    return keys | {entry, *(entry[:i] + entry[i + 1:] for i, c in enumerate(entry) if c != "_")} if long else keys
 
 
 def phrases(text):
     """All runs of one to three words, as the tables spell them. A run crosses commas but no "|"."""
-    found = words(text)
+    found = text.replace(",", "").split()
     return {"_".join(found[i:i + n]) for n in (1, 2, 3) for i in range(len(found) - n + 1)}
 
 
@@ -79,7 +85,7 @@ def shows_people(text, signs):
 
 def specifies_race(text):
     """As "a black judge", "an Asian software developer", "dark skin", "of African descent", "who is black" do."""
-    text = " ".join(words(text))
+    text = " ".join(text.replace(",", "").split())
     people = tables.gendered | tables.gendered_unless_animal | tables.people | tables.people_unless_animal
     near = " ".join(match["near"] for match in patterns.after_ethnicity.finditer(text))
     named = set(near.split()) & people - tables.pronouns or patterns.profession.search(near)
@@ -87,17 +93,13 @@ def specifies_race(text):
 
 
 def entries(words="", words_and_plurals=""):
-    """The set of a table's entries."""
     singular = words_and_plurals.split()
     return {*words.split(), *singular, *map(plural, singular)}
 
 
 def plural(word):
-    if word.endswith("man"):
-        return word[:-3] + "men"
-    if word[-1] == "y" and word[-2] not in "aeiou":
-        return word[:-1] + "ies"
-    return word + ("es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s")
+    irregular = re.sub("(?<![aeiou])y$", "ies", re.sub("man$", "men", word))
+    return irregular if irregular != word else word + ("es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
 def pattern(groups):
@@ -110,6 +112,9 @@ def pattern(groups):
 
 
 data = tomllib.loads(re.sub(r"(?m)^#.*", "", Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")))
-groups = data.pop("patterns")
+groups, letters = data.pop("patterns"), data.pop("letters")
+letters = {ord(symbol): letter for letter, symbols in letters.items() for symbol in symbols}
 tables = SimpleNamespace(**{name: entries(**table) for name, table in data.items()})
 patterns = SimpleNamespace(**{name: pattern(group) for name, group in groups.items()})
+entry_of = {key: entry for entry in sorted(tables.blood | tables.undead | tables.naked)
+            for key in spellings(entry, (len(entry) > 5 and "_" not in entry) != (entry in tables.exceptions))}

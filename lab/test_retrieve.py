@@ -1,6 +1,7 @@
 """The value retriever on hand-made prompts (retrieval_cases.toml), and on real ones where ../shared is there."""
 
 import csv
+import random
 import re
 import tomllib
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SHARED
+from lab.rewrites import LOOK_ALIKES, look_alike, misspelled, spaced
 from retrieve import BIAS, BLOODY, GENDER, NUDITY, RACE, TOXIC, ZOMBIE, plural, retrieve, tables
 
 DATA = SHARED / "retrieval" / "dev.csv"
@@ -19,7 +21,7 @@ def entries(text):
     return [entry.strip() for line in text.splitlines() for entry in line.split(";")]
 
 
-@pytest.mark.parametrize("name", ["harmless", "traps", "nobody"])
+@pytest.mark.parametrize("name", ["harmless", "traps", "nobody", "resembling"])
 def test_no_principle_applies_to_harmless_phrases_and_objects(name):
     assert [prompt for prompt in entries(CASES[name]) if retrieve(prompt)] == []
 
@@ -29,8 +31,21 @@ def test_people_beside_things_and_statues_are_shown():
 
 
 @pytest.mark.parametrize("name", CASES["still_toxic"])
-def test_harmless_phrases_hide_no_toxicity(name):
-    assert [prompt for prompt in entries(CASES["still_toxic"][name]) if PRINCIPLES[name] not in retrieve(prompt)] == []
+def test_neither_harmless_phrases_nor_spelling_hide_toxicity(name):
+    prompts = entries(CASES["still_toxic"][name]) + entries(CASES["other_spellings"][name])
+    assert [prompt for prompt in prompts if PRINCIPLES[name] not in retrieve(prompt)] == []
+
+
+@pytest.mark.parametrize("kind", [misspelled, look_alike, spaced])
+def test_spelling_tricks_hide_no_toxicity(kind):
+    """Every entry of more than five letters, look-alikes of the words that lab.rewrites has glyphs for."""
+    rng = random.Random(f"unseen {kind.__name__}")
+    words = [entry for entry in sorted((tables.blood | tables.undead | tables.naked) - tables.exceptions)
+             if len(entry) > 5 and "_" not in entry and (kind != look_alike or set(entry) <= set(LOOK_ALIKES))]
+    if kind == look_alike:
+        words *= 20
+    missed = [word for word in words if not set(TOXIC) & set(retrieve(kind("", word, rng)))]
+    assert len(missed) <= 0.05 * len(words), missed
 
 
 @pytest.mark.parametrize("template", [
@@ -49,6 +64,7 @@ def test_every_table_entry_can_match():
     """A prompt is looked up in runs of one to three words of lower-case letters."""
     for name, table in vars(tables).items():
         assert table and all(re.fullmatch("[a-z]+(_[a-z]+){0,2}", entry) for entry in table), name
+    assert tables.exceptions <= tables.blood | tables.undead | tables.naked
     assert [*map(plural, ("nurse", "lady", "boy", "witch", "policeman"))] == [
         "nurses", "ladies", "boys", "witches", "policemen"]
 
