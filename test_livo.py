@@ -203,7 +203,8 @@ def test_gradients_reach_the_value_encoder_alone(sd, dataset):
     assert value_encoder.text_model.final_layer_norm.weight.grad.abs().max() > 0
     frozen = [*sd.unet.parameters(), *sd.text_encoder.parameters(), *sd.vae.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in frozen)
-    saturated, s = trained_a_little(sd), settings(gamma1=-1e6, gamma2=-1e6)
+    saturated = trained_a_little(sd)
+    s = settings(**dict.fromkeys(("gamma1", "gamma2", "bias_gamma1", "bias_gamma2"), -1e6))
     train.add_gradient(sd, saturated, pairs_of(dataset), Schedule(sd.scheduler), s)
     assert all(p.grad is None for p in saturated.parameters())
 
