@@ -233,7 +233,7 @@ def dataset(sd, root, folder):
 def run_settings(folder, root, **changes):
     options = {"weights": folder / "model", "data": root, "steps": 10, "batch": 4, "micro-batch": 4, "lr": 1e-3,
                "warmup": 2, "beta": 100, "alpha": 50, "save-every": 2, "sample-every": 1000,
-               "snr-gamma": 2, "bias-gamma-scale": 0.5, "decay": 0.5}
+               "snr-gamma": 2, "bias-gamma1": 0.5, "bias-gamma2": 0.25, "decay": 0.5}
     options |= {key.replace("_", "-"): value for key, value in changes.items()}
     return [text for key, value in options.items() for text in (f"--{key}", str(value))]
 

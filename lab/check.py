@@ -22,7 +22,8 @@ def check(root):
     """Read a whole dataset folder, pixels too -> {principle: {count: number}}, [fault].
 
     Finds what training would skip or fail on, and what it would accept unnoticed: a label other than 0 and 1, a path
-    with "..", an image that a principle has twice, an unfinished set. Raises UserError if there is no dataset.
+    with "..", an image that a principle has in two scenes or with two labels, an unfinished set. Raises UserError if
+    there is no dataset.
     """
     root, principles, faults, seen = Path(root), {}, [], {}
     labels = {}  # {scene: labels of its usable lines}
@@ -38,7 +39,8 @@ def check(root):
         except Exception as error:  # a damaged file can raise anything in Pillow
             faults.append(f"{where}: {sample.path.name} is no readable image: {error}")
             continue
-        if (first := seen.setdefault((sample.value, pixels), where)) != where:
+        first, *place = seen.setdefault((sample.value, pixels), (where, scene, sample.aligned))
+        if place != [scene, sample.aligned]:  # copies within a scene only give an image more weight
             faults.append(f"{where}: {sample.path.name} is the same image as that of {first}")
         label = "preservation" if is_preservation(sample) else "aligned" if sample.aligned else "violating"
         labels.setdefault(scene, set()).add(label)

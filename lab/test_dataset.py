@@ -303,7 +303,7 @@ def test_check_finds_what_training_would_accept(release, capsys):
     os.truncate(add_image(release), 700)
     add_image(release, name="two.jpg", label=2)
     add_image(release, name="../doctor/up.jpg")
-    shutil.copy(release / "0-career/doctor/doctor_0.jpg", add_image(release, name="same.jpg"))
+    shutil.copy(release / "0-career/doctor/doctor_0.jpg", add_image(release, name="same.jpg", label=0))
     add_image(release, "0-career/x", label=0)
     refused("got 5 faults", dataset.main, ["check", str(release)])
     output = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 
@@ -94,8 +95,9 @@ def test_a_pair_differs_in_its_attribute_and_the_prompt_specifies_no_protected_o
     asked, seen = [], set()
     for attribute, noun, seed in product(toy.PRINCIPLES.values(), toy.NOUNS, range(10)):
         prompt, aligned, violating = toy.portrait_pair(seed, attribute, noun)
-        assert len({getattr(record, attribute) for record in (*aligned, violating)}) == len(aligned) + 1 == (
-            5 if attribute == "skin" else 2)
+        classes = Counter(getattr(record, attribute) for record in aligned)
+        assert getattr(violating, attribute) not in classes and len(classes) == (4 if attribute == "skin" else 1)
+        assert classes == {value: toy.COPIES.get(value, 1) for value in classes}
         assert {replace(record, **{attribute: getattr(violating, attribute)}) for record in aligned} == {violating}
         assert noun in prompt or noun == "person" and "gender" in violating.specified
         mentioned = {name for name, of_name in words.items() if of_name & {*re.findall("[a-z]+", prompt)}}
@@ -118,7 +120,7 @@ def test_the_majority_class_violates_and_both_genders_are_aligned_equally_often(
 
 def test_a_rendered_set_is_sound_and_its_preservation_prompts_ask_for_nothing(root):
     samples, faults = data.read_samples(root)
-    assert not faults and len(samples) == 26 * (2 + 5 + 2 + 2) + 13 and not check(root)[1]
+    assert not faults and len(samples) == 26 * (2 + 8 + 2 + 2) + 13 and not check(root)[1]
     assert {sample.scene.parent.name for sample in samples} == {"0-career", "toxicity", "preservation"}
     assert {sample.scene.name.split("-", 2)[2].replace("-", " ") for sample in samples} == {*toy.NOUNS}
     prompt, (aligned,), violating = toy.portrait_pair(toy.FIRST_SEED, "gender", "doctor")
