@@ -29,6 +29,8 @@ def read_vocabulary(folder):
         else:
             files = [str(regular(folder / name, "a vocabulary file")) for name in ("vocab.json", "merges.txt")]
             vocab, merges = BPE.read_file(*files)
+        if unknown := [pair for pair in merges if "".join(pair) not in vocab]:
+            raise ValueError(f"a merge {unknown[0]} into no token of the vocabulary")  # the library would abort
         bpe = BPE(vocab, merges, unk_token=EOS, end_of_word_suffix=END_OF_WORD)
         added, special = added_tokens(config, whole)
     except Exception as error:  # the tokenizers library raises nothing narrower

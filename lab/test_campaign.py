@@ -271,6 +271,7 @@ CONTENTS = {  # (command, file): objects
         RUN | {"about": {"per_prompt": "x"}}, RUN | {"about": {"per_prompt": 10**9}},
         RUN | {"curve": [POINT | {"intervals": {}}]}, RUN | {"curve": [POINT | {"distance": float("nan")}]}),
     ("check", "data/dataset.json"): ({"scenes": {"a": 1}}, {"scenes": {"a": {}}}),
+    ("sample", "model/tokenizer/tokenizer.json"): ({"model": {"vocab": {"a": 0}, "merges": ["a a"]}},),
     ("train", "model/livo.toml"): ("resume = 'run'", "lr = [1]", "a = " + "[" * 10**5),
 }
 
