@@ -113,7 +113,7 @@ def trained_a_little(sd):
 
 def settings(**changes):
     return train.Settings(**{"weights": "", "batch": 4, "micro_batch": 4, "steps": 4, "lr": 1e-3, "warmup": 2,
-                             "beta": 100.0, "alpha": 50.0, "bias_gamma1": 0.4, "bias_gamma2": 0.2,
+                             "beta": 100.0, "alpha": 50.0, "margins": "gender equality: 0.4 0.2; racial equality: 0.4 0.2",
                              "save_every": 2, "sample_every": 10**6} | changes)
 
 
@@ -233,7 +233,7 @@ def dataset(sd, root, folder):
 def run_settings(folder, root, **changes):
     options = {"weights": folder / "model", "data": root, "steps": 10, "batch": 4, "micro-batch": 4, "lr": 1e-3,
                "warmup": 2, "beta": 100, "alpha": 50, "save-every": 2, "sample-every": 1000,
-               "snr-gamma": 2, "bias-gamma1": 0.5, "bias-gamma2": 0.25, "decay": 0.5}
+               "snr-gamma": 2, "margins": "gender equality: 0.5 0.25", "decay": 0.5}
     options |= {key.replace("_", "-"): value for key, value in changes.items()}
     return [text for key, value in options.items() for text in (f"--{key}", str(value))]
 

@@ -26,7 +26,7 @@ from common import Parser, UserError, add_device_options, pick_device, run
 from data import PreferenceDataset, is_preservation
 from diffusion import Schedule
 from efficiency import checkpoint_layers, keep_freed_memory
-from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, is_bias, livo_loss, load_value_encoder,
+from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, load_value_encoder,
                   make_context, violating_hinge)
 from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, join_processes, load_preset, one_first,
                   parse_settings, resume, save_checkpoint, save_samples, save_settings, setting, sum_over_processes,
@@ -60,8 +60,7 @@ class Settings:
     beta: float = setting(BETA, "slope β of the aligned hinge")
     gamma1: float = setting(GAMMA1, "margin of the aligned hinge")
     gamma2: float = setting(GAMMA2, "margin of the violating hinge")
-    bias_gamma1: float = setting(GAMMA1, "margin of the aligned hinge for bias principles")
-    bias_gamma2: float = setting(GAMMA2, "margin of the violating hinge for bias principles")
+    margins: str = setting("", 'γ1 and γ2 of single principles, "gender equality: 2 2; racial equality: 0.5 1"')
     snr_gamma: float = setting(0.0, "γ of min-SNR weighting over timesteps (arXiv 2303.09556); 0: all weigh the same")
     seed: int = setting(0, "of the order of the pairs and of all noise", 0, 2**63)
     save_every: int = setting(500, "steps between checkpoints", 1)
@@ -111,12 +110,24 @@ def reference_errors(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservati
     return denoising_error(output, target).chunk(2), target.chunk(2)
 
 
+def parse_margins(text):
+    """"gender equality: 2 2; racial equality: 0.5 1" -> {principle: (γ1, γ2)}. Raises UserError for other texts."""
+    try:
+        rows = [row.split(":") for row in text.split(";") if row.strip()]
+        found = {principle.strip(): tuple(map(float, numbers.split())) for principle, numbers in rows}
+        if all(len(pair) == 2 and 0 <= min(pair) and max(pair) < math.inf for pair in found.values()):
+            return found
+    except ValueError:
+        pass
+    raise UserError(f'--margins: expected "principle: γ1 γ2; …", got {text!r}')
+
+
 def margins(principles, preservation, s):
     """γ1 and γ2 of each pair, (B,) each. preservation: (B,); such a pair has no violating image, so its γ2 is −∞."""
-    bias = torch.tensor([is_bias(principle) for principle in principles], device=preservation.device)
-    gamma1 = torch.where(bias, s.bias_gamma1, s.gamma1)
-    gamma2 = torch.where(bias, s.bias_gamma2, s.gamma2).masked_fill(preservation, -math.inf)
-    return gamma1, gamma2
+    own = parse_margins(s.margins)
+    pairs = [own.get(principle, (s.gamma1, s.gamma2)) for principle in principles]
+    gamma1, gamma2 = torch.tensor(pairs, device=preservation.device).unbind(1)
+    return gamma1, gamma2.masked_fill(preservation, -math.inf)
 
 
 def add_gradient(sd, value_encoder, pairs, schedule, s):
@@ -252,7 +263,9 @@ def parse_args(argv=None):
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
     add_device_options(parser, default="bf16 on CUDA, else fp32")
-    return parse_settings(parser, Settings, argv)
+    args, s, folder = parse_settings(parser, Settings, argv)
+    parse_margins(s.margins)
+    return args, s, folder
 
 
 def main(argv=None):

@@ -169,7 +169,7 @@ def strip(path):
 NOT_COUNTS = ("0", "-1", "x", "1.5", "", "nan", "10000000000", HUGE)
 NOT_NUMBERS = ("-1", "x", "nan", "inf", HUGE)
 COUNTS_OF_TRAIN = ("steps", "batch", "micro-batch", "warmup", "save-every", "sample-every")
-NUMBERS_OF_TRAIN = ("lr", "alpha", "beta", "gamma1", "gamma2", "bias-gamma1", "bias-gamma2", "snr-gamma", "decay")
+NUMBERS_OF_TRAIN = ("lr", "alpha", "beta", "gamma1", "gamma2", "snr-gamma", "decay")
 NUMBERS = {  # command: {option: texts}
     "sample": {
         "--steps": (*NOT_COUNTS, "1000"), "-n": NOT_COUNTS, "--batch-size": NOT_COUNTS, "--seed": ("-1", "x", HUGE),
