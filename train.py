@@ -115,7 +115,7 @@ def parse_margins(text):
     try:
         rows = [row.split(":") for row in text.split(";") if row.strip()]
         found = {principle.strip(): tuple(map(float, numbers.split())) for principle, numbers in rows}
-        if all(len(pair) == 2 and 0 <= min(pair) and max(pair) < math.inf for pair in found.values()):
+        if all(len(pair) == 2 and all(0 <= x < math.inf for x in pair) for pair in found.values()):
             return found
     except ValueError:
         pass

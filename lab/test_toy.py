@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import diffusers
@@ -16,7 +17,6 @@ from torch import nn
 import data
 import sample
 import weights
-from common import write_json
 from conftest import TINY_SD, pixels, refused
 from lab import captions, dataset, portraits, pretrain, toy
 from lab.check import check
@@ -135,7 +135,8 @@ def test_a_rendered_set_is_sound_and_its_preservation_prompts_ask_for_nothing(ro
 
 
 def test_the_default_set_is_named_by_what_it_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "render_pairs", lambda folder: write_json(folder / "dataset.json", {}))
+    few = partial(toy.render_pairs, pairs=dict.fromkeys(toy.PAIRS, 1), preservation={})
+    monkeypatch.setattr(toy, "render_pairs", few)
     root = toy.default_pairs(tmp_path)
     assert toy.default_pairs(tmp_path) == root  # rendered once
     for module, name, value in ((toy, "PAIRS", {**toy.PAIRS, "gender": 1}), (toy, "P_ASKED", 0.5),
