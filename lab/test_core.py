@@ -491,4 +491,4 @@ def test_old_names_of_options_are_refused_with_the_new_one():
     for old, new in RENAMED.items():
         for words in ([old, "1"], [f"{old}=1"]):
             refused(f"expected {new}, the new name", train.main, words)
-    refused("expected one of them", train.main, ["--resume", "a", "--out", "b"])
+    refused("expected it without --resume", train.main, ["--resume", "a", "--out", "b"])
