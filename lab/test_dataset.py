@@ -18,7 +18,7 @@ import train
 import weights
 from conftest import KILLS, StubClassifier, refused, run_with_kills
 from formats.export import save
-from lab import dataset, portraits
+from lab import dataset, portraits, toy
 from lab.captions import write_caption
 from lab.check import SIDE, check
 from lab.principles import STABLE_DIFFUSION_PRINCIPLES, TOY_PRINCIPLES, bias
@@ -81,6 +81,22 @@ def test_thirty_kills_at_random_moments_change_nothing(tiny, built, stub, tmp_pa
         out = tmp_path / str(left)
         left = run_with_kills(dataset.main, lambda: build_options(tiny, out), left, seconds=0.8)
         assert tree(out) == tree(built)
+
+
+def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, monkeypatch):
+    out, write_scene = tmp_path / "set", toy.write_scene
+
+    def full(folder, *args):
+        write_scene(folder, *args)
+        if len([*out.glob("*/[!.]*/scene.json")]) == 2:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "write_scene", full)
+        refused("expected to write .*No space left", dataset.main, build_options(tiny, out))
+    assert not [*out.rglob(".*")] and len([*out.glob("*/*/metadata.jsonl")]) == 2
+    dataset.main(build_options(tiny, out))
+    assert tree(out) == tree(built)
 
 
 # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
