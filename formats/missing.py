@@ -6,7 +6,7 @@ import sys
 def name_package(kind, error, traceback):
     if not issubclass(kind, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, traceback)
-    name = {"PIL": "pillow"}.get(error.name, error.name)
+    name = error.name.split(".")[0].replace("PIL", "pillow")
     print(f"error: expected the Python package {name}, got none: pip install {name}, or -r requirements.txt",
           file=sys.stderr)
     sys.exit(2)
