@@ -524,8 +524,8 @@ def main(argv=None):
     if not args.clip and TRAINED.exists():
         trained = read_json(TRAINED)
         if trained["about"]["model"].startswith(fingerprint(sd)):  # of this model
-            from lab import baselines  # which imports this module
-            print(baselines.tables(trained))
+            from lab import comparison  # which imports this module
+            print(comparison.tables(trained))
     print(f"\nresults.json and chart.png in {args.out}")
 
 

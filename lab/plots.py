@@ -8,15 +8,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot: the backend is Agg
 
 from common import Parser, UserError, atomic, regular, run
-from lab.baselines import AIMS, BASE, ENOUGH, GROUPS, SWEEP, TRAINED, floors, harm, is_recognizable, mean_curve
+from lab.comparison import AIMS, BASE, ENOUGH, GROUPS, floors, harm, is_recognizable, mean_curve
 
 DPI, MAX_POINTS = 110, 100  # points per curve of a log
-GRAY = "0.45"
-COLORS = {BASE: GRAY} | {method: f"C{i % 10}" for i, method in enumerate(SWEEP)}
-MARKERS = {BASE: "s"} | {method: "o" if method in TRAINED else "^" for method in SWEEP}
+GRAY, COLORS = "0.45", colormaps["tab20"].colors
 ALIGNED, VIOLATING = ("aligned, $y_w$", "tab:blue"), ("violating, $y_l$", "tab:red")
 LOG = {  # y label: {key of the log: (label, color)}
     "LiVO loss": {"loss": ("", "black")},
@@ -81,48 +80,45 @@ def add_legend(figure, axes):
                   title=f"hollow: fewer than {ENOUGH} % of professions correct")
 
 
-def unbiased_harm(results, group):
-    return harm(floors(results["about"]["per_prompt"])["unbiased, half unchanged"], results["base"], GROUPS[group])
+def panels_of(results, columns, size):
+    """A row of panels per group of harms, each with the harm of an unbiased method -> figure, {group: panels}."""
+    figure, floor = Figure(figsize=size, layout="constrained"), floors(results["about"]["per_prompt"])["unbiased"]
+    rows = figure.subplots(*columns, sharey=True).reshape(len(GROUPS), -1)
+    for row, group in zip(rows, GROUPS):
+        for axes in row:
+            axes.axhline(harm(floor, results["base"], [group]), color=GRAY, linestyle=":", label="unbiased")
+    return figure, dict(zip(GROUPS, rows))
 
 
 def convergence(results):
-    """Harm over steps, and over seconds, of each trained method, the mean over training seeds -> figure."""
-    figure, base = Figure(figsize=(9, 8), layout="constrained"), results["base"]
-    panels = figure.subplots(2, 2, sharey=True)
-    for row, group in zip(panels, GROUPS):
-        for axes, key, x_label in zip(row, ("step", "seconds"), ("optimizer steps", "seconds of training")):
+    """Harm over steps, and over core-seconds, of each trained method, the mean over training seeds -> figure."""
+    figure, panels = panels_of(results, (2, 2), (9, 8))
+    trained = [(color, *item) for color, item in zip(COLORS, results["methods"].items()) if item[1]["parameters"]]
+    for group, row in panels.items():
+        for axes, key, x_label in zip(row, ("step", "seconds"), ("optimizer steps", "core-seconds of training")):
             style(axes, x_label, f"{group}, % of the base model's" if key == "step" else "")
-            axes.axhline(100, color=GRAY, linestyle="--", label=BASE)
-            axes.axhline(unbiased_harm(results, group), color=GRAY, linestyle=":", label="unbiased")
-            for method, found in results["methods"].items():
-                if method in TRAINED and group in AIMS.get(method, GROUPS):
-                    curve = mean_curve(found["curves"])
-                    x = [0, *(point[key] for point in curve)]
-                    y = [100, *(harm(point, base, GROUPS[group]) for point in curve)]
-                    plot_points(axes, x, y, [base, *curve], color=COLORS[method], marker="o", label=method)
+            for color, method, found in trained:
+                curve = [results["base"] | {key: 0}, *mean_curve(found["curves"])]
+                curve = curve if group in AIMS.get(method, GROUPS) else []  # still in the legend
+                plot_points(axes, [point[key] for point in curve], [harm(point, results["base"], [group]) for point in curve],
+                            curve, color=color, marker="o", label=method)
             axes.set_ylim(0)
-    add_legend(figure, panels[1, 0])
+    add_legend(figure, panels["bias"][0])
     return figure
 
 
 def tradeoff(results):
-    """Conformity over the distance to the harmless counterpart, of each method that aims at it -> figure.
-
-    A panel for bias, one for toxicity; a marker for each training seed.
-    """
-    figure, base = Figure(figsize=(9, 5), layout="constrained"), results["base"]
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (group, names) in zip(panels, GROUPS.items()):
-        style(axes, "distance to the harmless counterpart; 1: another person", "conformity: 100 − harm, %")
-        axes.set_title(group)
-        axes.axhline(100 - unbiased_harm(results, group), color=GRAY, linestyle=":", label="unbiased")
-        for method, found in [(BASE, {"curves": [[base]]}), *results["methods"].items()]:
-            shown = group in AIMS.get(method, GROUPS)  # the others are in the legend alone
-            points = [curve[-1] for curve in found["curves"]] if shown else []
-            x = [point[f"{group} distance"] for point in points]
-            y = [100 - harm(point, base, names) for point in points]
-            plot_points(axes, x, y, points, color=COLORS[method], marker=MARKERS[method], linestyle="", label=method)
-    add_legend(figure, panels[0])
+    """Harm over the distance to the harmless counterpart, a marker for each training seed -> figure."""
+    figure, panels = panels_of(results, (1, 2), (9, 5.5))
+    base = {BASE: {"curves": [[results["base"]]], "parameters": 0}}
+    for group, (axes,) in panels.items():
+        style(axes, "distance to the harmless counterpart; 1: another person", f"{group}, % of the base model's")
+        for color, (method, found) in zip(COLORS, (results["methods"] | base).items()):
+            points = [curve[-1] for curve in found["curves"] if group in AIMS.get(method, GROUPS)]
+            plot_points(axes, [point[f"{group} distance"] for point in points],
+                        [harm(point, results["base"], [group]) for point in points], points, color=color,
+                        marker="s" if method == BASE else "o" if found["parameters"] else "^", linestyle="", label=method)
+    add_legend(figure, panels["bias"][0])
     return figure
 
 

@@ -19,7 +19,7 @@ import weights
 from conftest import SD1, gradients, pairs_of, pixels, refused, relative, settings, trained_a_little, write_pipeline
 from diffusion import Schedule
 from formats.disk import locked
-from lab import baselines, evaluate, finetuning, guidance, plots, uce
+from lab import baselines, comparison, evaluate, finetuning, guidance, plots, twins, uce
 from lab.finetuning import TRAINED, trainable
 from livo import encode_prompts, make_context
 from retrieve import BLOODY, GENDER, RACE
@@ -35,15 +35,6 @@ def step(sd, add, part, pairs, s, moved=0.0):
         parameter.data += moved * torch.randn_like(parameter)
         parameter.grad = torch.zeros_like(parameter)
     return add(sd, model, value_encoder, pairs, Schedule(sd.scheduler), s), network, model
-
-
-def test_hinges_on_the_value_encoder_are_the_step_of_train(sd, dataset):
-    s, pairs = settings(snr_gamma=2.0), pairs_of(dataset)
-    errors, ours, _ = step(sd, partial(finetuning.add_preference, loss=finetuning.hinge_loss), "value encoder", pairs, s,
-                           moved=0.02)
-    expected, reference, _ = step(sd, finetuning.add_livo, "value encoder", pairs, s, moved=0.02)
-    torch.testing.assert_close(errors, expected)
-    assert relative(gradients(ours), gradients(reference)) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["LiVO", "BT on the value encoder", "Diffusion-DPO", "text encoder"])
@@ -165,14 +156,6 @@ def keys_and_values(unet):
     return [layer.weight.double() for layer in uce.keys_and_values(unet)]
 
 
-def test_uce_reaches_its_target(sd, monkeypatch):
-    c, target = (x[:8] for x in uce.token_targets(sd, [("a bloody doctor", ["a doctor"], 1.0)]))
-    monkeypatch.setattr(uce, "token_targets", lambda *_: (c, target))  # fewer tokens than C, so that all can be met
-    assert (target - c).norm() > 0.1 * c.norm()
-    for W, W_new in zip(keys_and_values(sd.unet), keys_and_values(uce.edit(sd, [], [], lam=1e-7))):
-        assert (c @ W_new.T - target @ W.T).norm() / ((target - c) @ W.T).norm() < 1e-3
-
-
 def test_uce_is_the_least_squares_solution(sd):
     edits, preserved, lam = [("a doctor", ["a woman doctor", "a man doctor"], 2.0)], ["a nurse"], 0.3
     c, target = uce.token_targets(sd, edits)
@@ -191,8 +174,8 @@ def test_uce_matches_tokens_across_an_inserted_word():
     assert uce.matching_rows(old, new, 9).tolist() == [0, 1, 3, 4, 5, 5]
     assert uce.matching_rows(new, old, 9).tolist() == [0, 1, 1, 2, 3, 4]
     edits, preserved = uce.texts(2.0)
-    assert ("a portrait of a bloody artist", ["a portrait of an artist"], 1.0) in edits and "" in preserved
-    assert not {text for text, _, _ in edits} & {*preserved}
+    assert ("a portrait of a bloody artist", ["a portrait of an artist"], 1.0) in edits
+    assert "" in preserved and not {text for text, _, _ in edits} & {*preserved}
 
 
 def test_a_step_of_safety_guidance_by_hand():
@@ -228,24 +211,24 @@ def test_guided_images_are_those_of_diffusers(tmp_path):
     parts = {name: getattr(plain_pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
     parts |= {"scheduler": diffusers.DDIMScheduler.from_config(SD1), "safety_checker": None, "feature_extractor": None,
               "requires_safety_checker": False}
-    settings, text, seeds = {"steps": 6, "sampler": "ddim", "guidance": 4.0, "batch_size": 2}, "a cat on a mat", [3, 4]
+    settings, text, seeds = {"steps": 6, "sampler": "ddim", "guidance": 40.0, "batch_size": 2}, "a cat on a mat", [3, 4]
 
     def expected(kind, **options):
         pipe = kind(**parts)
         pipe.safety_concept = "a dog"  # only one of the pipelines reads it
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pixels(pipe([text] * 2, generator=generators, num_inference_steps=6, guidance_scale=4.0, **options).images)
+        return pixels(pipe([text] * 2, generator=generators, num_inference_steps=6, guidance_scale=40.0, **options).images)
 
     def ours(texts, guide, **options):
-        return pixels(guidance.generate_guided(sd, settings, text, seeds, texts, partial(guide, guidance=4.0, **options)))
+        return pixels(guidance.generate_guided(sd, settings, text, seeds, texts, partial(guide, guidance=40.0, **options)))
 
     plain = ours([], lambda uncond, cond, guidance, **_: (uncond + guidance * (cond - uncond), 0))
     assert abs(plain - expected(diffusers.StableDiffusionPipeline)).max() <= 1
-    sld = dict(scale=50, threshold=0.05, warmup=2, momentum_scale=0.3, beta=0.4)
+    sld = dict(scale=5000, threshold=0.002, warmup=2, momentum_scale=0.3, beta=0.4)
     names = "sld_guidance_scale", "sld_threshold", "sld_warmup_steps", "sld_momentum_scale", "sld_mom_beta"
     safe = expected(diffusers.StableDiffusionPipelineSafe, **dict(zip(names, sld.values())))
-    edit = dict(scale=5.0, threshold=0.8, warmup=2, momentum_scale=0.3, beta=0.6)
+    edit = dict(scale=200.0, threshold=0.8, warmup=2, momentum_scale=0.3, beta=0.6)
     names = "edit_guidance_scale", "edit_threshold", "edit_warmup_steps", "edit_momentum_scale", "edit_mom_beta"
     fair = expected(diffusers.SemanticStableDiffusionPipeline, editing_prompt=["a dog", "a cat"],
                     reverse_editing_direction=[False, True], **dict(zip(names, edit.values())))
@@ -258,7 +241,7 @@ def test_fair_diffusion_edits_towards_each_other_class(monkeypatch):
     calls = []
     monkeypatch.setattr(guidance, "generate_guided", lambda sd, settings, prompt, seeds, texts, guide: calls.append(
         (seeds, texts)) or [*seeds])
-    nurse = baselines.Prompt("a nurse", "nurse", (RACE,))
+    nurse = comparison.Prompt("a nurse", "nurse", (RACE,))
     assert guidance.fair_diffusion(None, {"guidance": 1.0}, nurse, [5, 6, 7, 8, 9]) == [5, 6, 7, 8, 9]
     assert [seeds for seeds, _ in calls] == [[5, 9], [6], [7], [8]]
     assert calls[0][1] == ["a portrait of a pale-skinned person", "a portrait of a light-skinned person"]
@@ -273,7 +256,7 @@ def test_bias_is_in_the_negative_prompt_and_in_the_prompt_of_half_of_the_images(
         yield from reversed([(row, seed, ()) for row, seed in enumerate(seeds)])
 
     monkeypatch.setattr(evaluate, "generate", generate)
-    nurse = baselines.Prompt("a nurse", "nurse", (BLOODY, GENDER, RACE))
+    nurse = comparison.Prompt("a nurse", "nurse", (BLOODY, GENDER, RACE))
     assert evaluate.negative_prompt(None, {}, nurse, range(10, 14)) == [10, 11, 12, 13]  # in the order of the seeds
     blood, woman = "bloody, covered in blood, with blood on the face", "woman, who is a woman"
     assert calls == [("a nurse", f"{blood}, {woman}, light-skinned, with light skin, light skin", [10, 12]),
@@ -313,33 +296,33 @@ def test_measure_by_hand():
 
     def base(prompt, seeds):
         asked.append(prompt.text)
-        return uniform_images(seeds, 10 * (seeds[0] >= baselines.OTHER_NOISE))
+        return uniform_images(seeds, 10 * (seeds[0] >= twins.OTHER_NOISE))
 
     method = lambda prompt, seeds: uniform_images([seed + 1 for seed in seeds])
-    prompts = baselines.PromptSet("a photo of ", ("doctor", "judge"), 0)
-    point = baselines.measure(LevelClassifier(), method, base, prompts, n=2)
+    prompts = comparison.PromptSet("a photo of ", ("doctor", "judge"), 0)
+    point = comparison.measure(LevelClassifier(), method, base, prompts, n=2)
     intervals = point.pop("intervals")
     # seeds 0 and 1 of doctors, 2 and 3 of judges; for bias 0 and 2 are the method's
     assert point == pytest.approx({
         "gender D1": 0, "skin D2": 100 * math.sqrt(0.8), "bloody R": 75, "zombie R": 0, "profession": 50,
         "bias distance": (1 + 3) / 20, "toxicity distance": (1 + 2 + 3 + 4) / 40}, abs=1e-3)
-    assert {*intervals} == {*baselines.HARM_METRICS} and intervals["bloody R"][0] < 75 < intervals["bloody R"][1]
+    assert {*intervals} == {*comparison.HARMS} and intervals["bloody R"][0] < 75 < intervals["bloody R"][1]
     assert {*asked} == {f"a photo of a {words}{profession}" for words in ("", "man ", "pale-skinned ")
                         for profession in ("doctor", "judge")}
 
     # harm: each metric in percent of the base model's; one that is 0 there does not count
     base = {"gender D1": 50, "skin D2": 80, "bloody R": 100, "zombie R": 0}
-    assert baselines.harm(base, base) == 100
-    assert baselines.harm({"gender D1": 25, "skin D2": 20, "bloody R": 100, "zombie R": 3}, base) == 175 / 3
-    assert baselines.harm({"gender D1": 25, "skin D2": 20}, base, baselines.GROUPS["bias"]) == 37.5
+    assert comparison.harm(base, base) == 100
+    assert comparison.harm({"gender D1": 25, "skin D2": 20, "bloody R": 100, "zombie R": 3}, base) == 175 / 3
+    assert comparison.harm({"gender D1": 25, "skin D2": 20}, base, ["bias"]) == 37.5
 
 
 def fake_curve(harms, correct=100.0):
-    curve = [{"step": 50 * (i + 1), "seconds": 10.0 * (i + 1), **dict.fromkeys(baselines.HARM_METRICS, harm),
+    curve = [{"step": 50 * (i + 1), "seconds": 10.0 * (i + 1), **dict.fromkeys(comparison.HARMS, harm),
               "profession": correct, "bias distance": 0.1 * i, "toxicity distance": 0.2 * i}
              for i, harm in enumerate(harms)]
     for point in curve:
-        point["intervals"] = {name: [point[name] / 2, point[name]] for name in baselines.HARM_METRICS}
+        point["intervals"] = {name: [point[name] / 2, point[name]] for name in comparison.HARMS}
     return curve
 
 
@@ -347,36 +330,36 @@ def fake_results():
     base = fake_curve([100])[0] | {"step": 0}
     run = lambda *curves, **settings: {"settings": settings, "curves": [*curves], "parameters": 1000, "seconds added": 0.5}
     tuning = [{"method": method, "settings": settings, "point": fake_curve([harm])[0]}
-              for method, settings, harm in ((baselines.BASE, {}, 100), ("UCE", {"lam": 2}, 40))]
+              for method, settings, harm in ((comparison.BASE, {}, 100), ("UCE", {"lam": 2}, 40))]
     return {"about": {"model": "x", "per_prompt": 8}, "base": base, "tuning": tuning, "methods": {
         "LiVO": run(fake_curve([30, 6]), fake_curve([34, 8])), "SafeText": run(fake_curve([40, 5, 2], 90), lam=3),
         "UCE": run(fake_curve([20]), lam=2)}}
 
 
 def test_best_settings_and_the_step_where_a_tenth_is_left():
-    base, (curve,) = fake_curve([100])[0], [fake_curve([30, 9, 50, 8, 5])]
-    floor = dict.fromkeys(baselines.HARM_METRICS, 0.0)
-    assert baselines.reached(curve, baselines.HARM_METRICS, base, floor)["step"] == 200  # 50 came after 9
-    assert baselines.reached(fake_curve([31, 30, 9]), baselines.HARM_METRICS, base, floor | {"skin D2": 90})[
-        "step"] == 100  # 30 is less than 22.5 + 7.75
-    assert baselines.reached(curve[:3], baselines.HARM_METRICS, base, floor) is None
-    assert baselines.reached(fake_curve([5], correct=94.0), baselines.HARM_METRICS, base, floor) is None
+    base, floor = fake_curve([100])[0], dict.fromkeys(comparison.HARMS, 0.0)
+    step = lambda curve, floor=floor: (comparison.reached(curve, "bias", base, floor) or {"step": None})["step"]
+    assert step(fake_curve([30, 9, 50, 8, 5])) == 200  # 50 came after 9
+    assert step(fake_curve([60, 50, 9]), floor | {"skin D2": 90}) == 100  # 50 is less than 45 + 5.5
+    assert step(fake_curve([9, 50])) is None and step(fake_curve([5], correct=94.0)) is None
     points = [fake_curve([20])[0], fake_curve([0], correct=90.0)[0], fake_curve([20.3])[0] | {"bias distance": -1}]
-    ranks = [baselines.rank("LiVO", point, base) for point in points]
+    ranks = [comparison.rank("LiVO", point, base) for point in points]
     assert sorted(range(3), key=ranks.__getitem__) == [2, 0, 1]  # equal harm, nearer; unrecognizable people last
-    mean = baselines.mean_curve([fake_curve([30, 6]), fake_curve([34, 8, 1])])
+    mean = comparison.mean_curve([fake_curve([30, 6]), fake_curve([34, 8, 1])])
     assert [(point["step"], point["bloody R"]) for point in mean] == [(50, 32), (100, 7)]
 
 
+def cells(table):
+    return {line.split(" | ")[0].strip("| "): line.strip("|\n ").split(" | ")[1:] for line in table.splitlines()}
+
+
 def test_tables_in_markdown():
-    results, speed, tuning = baselines.tables(fake_results()).split("\n\n")
-    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in results.splitlines()}
-    assert cells["LiVO"][0] == "7.0 [6.0, 8.0]" and cells["UCE"][2] == "20.0 [10.0, 20.0]" and cells["LiVO"][-1] == "0.500"
-    assert cells["least possible, half unchanged"][:2] == ["0.0", "33.5"]
-    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in speed.splitlines()}
-    assert rows["LiVO"][1:] == ["1,000", "100, 20 s", "100, 20 s", "100, 20 s"]
-    assert rows["SafeText"][0] == "lam 3" and "not reached" in rows["SafeText"] and "UCE" not in rows
-    assert "| UCE | lam 2 | 40 | 100 |" in tuning
+    results, speed, tuning = map(cells, comparison.tables(fake_results()).split("\n\n"))
+    assert results["LiVO"][0] == "7.0 [6.0, 8.0]" and results["LiVO"][-1] == "0.500"
+    assert results["UCE"][2] == "20.0 [10.0, 20.0]" and results["least possible"][:2] == ["0.0", "33.5"]
+    assert speed["LiVO"][1:] == ["1,000", "100, 20 s", "100, 20 s", "100, 20 s"] and "UCE" not in speed
+    assert speed["SafeText"] == ["lam 3", "1,000", "", "not reached", "150, 30 s"]  # too few professions are correct
+    assert tuning["UCE"][:3] == ["lam 2", "40", "100.0"]
 
 
 @pytest.mark.skipif(not evaluate.TRAINED.exists(), reason="no assets/baselines.json: the baselines were not run yet")
@@ -384,12 +367,12 @@ def test_shipped_results_are_of_the_shipped_model_and_its_best_settings(shipped)
     results = json.loads(evaluate.TRAINED.read_text())
     assert results["about"]["model"].startswith(evaluate.fingerprint(shipped[0]))
     assert {*results["methods"]} == {*baselines.SWEEP}
-    (base,) = [row["point"] for row in results["tuning"] if row["method"] == baselines.BASE]
+    (base,) = [row["point"] for row in results["tuning"] if row["method"] == comparison.BASE]
     for method, found in results["methods"].items():
         rows = [row for row in results["tuning"] if row["method"] == method]
         assert len(found["curves"]) == (3 if method in TRAINED else 1) and found["settings"] in baselines.SWEEP[method]
         if rows:
-            assert found["settings"] == min(rows, key=lambda row: baselines.rank(method, row["point"], base))["settings"]
+            assert found["settings"] == min(rows, key=lambda row: comparison.rank(method, row["point"], base))["settings"]
 
 
 def points_of(axes, label):
@@ -401,19 +384,18 @@ def points_of(axes, label):
 
 
 def test_plots_show_the_points(tmp_path):
-    results = fake_results()
-    figure = plots.convergence(results)
+    figure = plots.convergence(fake_results())
     for axes, steps in zip(figure.axes, ([0, 50, 100], [0, 10, 20]) * 2):
         points, hollow = points_of(axes, "LiVO")
         np.testing.assert_allclose(points, [*zip(steps, [100, 32, 7])])
         assert hollow == []
     assert points_of(figure.axes[2], "SafeText")[1] == [1, 2, 3]
-    assert "SafeText" not in [line.get_label() for line in figure.axes[0].get_lines()]  # it aims at toxicity alone
+    assert points_of(figure.axes[0], "SafeText")[0] == []  # it aims at toxicity alone
     plots.save(figure, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-    bias, toxicity = plots.tradeoff(results).axes
-    np.testing.assert_allclose(points_of(bias, "LiVO")[0], [[0.1, 94], [0.1, 92]])
-    np.testing.assert_allclose(points_of(toxicity, "SafeText")[0], [[0.4, 98]])
+    bias, toxicity = plots.tradeoff(fake_results()).axes
+    np.testing.assert_allclose(points_of(bias, "LiVO")[0], [[0.1, 6], [0.1, 8]])
+    np.testing.assert_allclose(points_of(toxicity, "SafeText")[0], [[0.4, 2]])
     assert points_of(toxicity, "SafeText")[1] == [0] and points_of(bias, "SafeText")[0] == []
 
 
@@ -452,8 +434,8 @@ def small(tiny, root, monkeypatch, classifier):
     monkeypatch.setattr(baselines, "load_classifier", lambda: classifier)
     monkeypatch.setattr(baselines, "SAMPLING", {"steps": 2, "sampler": "dpm", "guidance": 2.0, "batch_size": 2})
     monkeypatch.setattr(baselines, "MEASURED", (2,))
-    for prompts in "TUNING", "REPORT":
-        monkeypatch.setattr(baselines, prompts, getattr(baselines, prompts)._replace(professions=("doctor",)))
+    for name, prompts in ("TUNING", comparison.TUNING), ("REPORT", comparison.REPORT):
+        monkeypatch.setattr(baselines, name, prompts._replace(professions=("doctor",)))
     for name, value in {"batch": 4, "micro_batch": 4, "warmup": 2, "steps": 5}.items():
         monkeypatch.setitem(baselines.PRESET, name, value)
     tried = {"UCE": 2, "SafeText": 2}
@@ -483,7 +465,7 @@ def test_the_command_runs_and_collects_every_method(small, tmp_path, monkeypatch
     baselines.main([*options, "--collect", str(out)])
     results = json.loads(out.read_text())
     assert {*results["methods"]} == {*baselines.SWEEP} and len(results["methods"]["SafeText"]["curves"]) == 2
-    assert out.with_suffix(".md").read_text() == baselines.tables(results)
+    assert out.with_suffix(".md").read_text() == comparison.tables(results)
     assert all(Image.open(out.with_name(f"{name}.png")).width > 800 for name in ("convergence", "tradeoff"))
 
 
