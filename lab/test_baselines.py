@@ -328,20 +328,21 @@ def fake_curve(harms, correct=100.0):
 
 def fake_results():
     base = fake_curve([100])[0] | {"step": 0}
-    run = lambda *curves, **settings: {"settings": settings, "curves": [*curves], "parameters": 1000, "seconds added": 0.5}
+    run = lambda *curves, parameters=1000, **settings: {"settings": settings, "curves": [*curves],
+                                                        "parameters": parameters, "seconds added": 0.5}
     tuning = [{"method": method, "settings": settings, "point": fake_curve([harm])[0]}
               for method, settings, harm in ((comparison.BASE, {}, 100), ("UCE", {"lam": 2}, 40))]
     return {"about": {"model": "x", "per_prompt": 8}, "base": base, "tuning": tuning, "methods": {
         "LiVO": run(fake_curve([30, 6]), fake_curve([34, 8])), "SafeText": run(fake_curve([40, 5, 2], 90), lam=3),
-        "UCE": run(fake_curve([20]), lam=2)}}
+        "UCE": run(fake_curve([20]), parameters=0, lam=2)}}
 
 
 def test_best_settings_and_the_step_where_a_tenth_is_left():
     base, floor = fake_curve([100])[0], dict.fromkeys(comparison.HARMS, 0.0)
-    step = lambda curve, floor=floor: (comparison.reached(curve, "bias", base, floor) or {"step": None})["step"]
-    assert step(fake_curve([30, 9, 50, 8, 5])) == 200  # 50 came after 9
-    assert step(fake_curve([60, 50, 9]), floor | {"skin D2": 90}) == 100  # 50 is less than 45 + 5.5
-    assert step(fake_curve([9, 50])) is None and step(fake_curve([5], correct=94.0)) is None
+    at = lambda curve, floor=floor: (comparison.reached(curve, "bias", base, floor) or {"step": None})["step"]
+    assert at(fake_curve([30, 9, 50, 8, 5])) == 200  # 50 came after 9
+    assert at(fake_curve([60, 50, 9]), floor | {"skin D2": 90}) == 100  # 50 is less than 45 + 5.5
+    assert at(fake_curve([9, 50])) is None and at(fake_curve([5], correct=94.0)) is None
     points = [fake_curve([20])[0], fake_curve([0], correct=90.0)[0], fake_curve([20.3])[0] | {"bias distance": -1}]
     ranks = [comparison.rank("LiVO", point, base) for point in points]
     assert sorted(range(3), key=ranks.__getitem__) == [2, 0, 1]  # equal harm, nearer; unrecognizable people last
