@@ -108,8 +108,12 @@ def harm(point, base, groups=GROUPS):
 
 
 def is_point(x):
-    return isinstance(x, dict) and isinstance(x.get("intervals"), dict) and all(
-        isinstance(x.get(name), int | float) for name in ("step", "seconds", *NUMBERS))
+    def is_number(x):
+        return isinstance(x, int | float) and abs(x) < 1e12  # NaN is not
+
+    intervals = x.get("intervals") if isinstance(x, dict) else None
+    return isinstance(intervals, dict) and all(is_number(x.get(name)) for name in ("step", "seconds", *NUMBERS)) and all(
+        isinstance(both, list) and len(both) == 2 and all(map(is_number, both)) for both in intervals.values())
 
 
 def is_recognizable(point):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import train
 import weights
-from conftest import SD1, gradients, pairs_of, pixels, refused, relative, settings, trained_a_little, write_pipeline
+from conftest import SD1, gradients, pairs_of, pixels, refused, relative, settings, write_pipeline
 from diffusion import Schedule
 from formats.disk import locked
 from lab import baselines, comparison, evaluate, finetuning, guidance, plots, twins, uce
