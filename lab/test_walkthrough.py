@@ -61,8 +61,8 @@ def test_it_was_executed_without_errors():
 
 
 def test_figures_are_opaque():
-    figures = [base64.b64decode(output["data"]["image/png"]) for cell in CODE for output in cell["outputs"]
-               if "image/png" in output.get("data", {})]
+    figures = [base64.b64decode(data) for cell in CODE for output in cell["outputs"]
+               for kind, data in output.get("data", {}).items() if kind.startswith("image/")]
     assert len(figures) > 15
     for figure in figures:
         assert Image.open(io.BytesIO(figure)).convert("RGBA").getextrema()[3] == (255, 255)
