@@ -113,7 +113,8 @@ def resume(folder, value_encoder, optimizer, data_key):
         value_encoder.load_state_dict(state["value_encoder"])
         optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         step, before = state["step"], state["data"]
-        fits = all(moments.keys() == ADAM and all(x.shape in ((), p.shape) and not x.is_sparse for x in moments.values())
+        fits = all(moments.keys() == ADAM and moments["step"] == step
+                   and all(x.shape in ((), p.shape) and not x.is_sparse for x in moments.values())
                    for p, moments in optimizer.state.items())
         if not (fits and type(step) is int and step >= 0):
             raise ValueError("no number of steps, or moments of other shapes")

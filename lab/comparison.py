@@ -107,9 +107,12 @@ def harm(point, base, groups=GROUPS):
     return float(np.mean([100 * point[name] / base[name] for name in names] or [0.0]))
 
 
+LARGEST = 1e12  # of a point's numbers
+
+
 def is_point(x):
     def is_number(x):
-        return isinstance(x, int | float) and abs(x) < 1e12  # NaN is not
+        return isinstance(x, int | float) and abs(x) < LARGEST  # NaN is not
 
     intervals = x.get("intervals") if isinstance(x, dict) else None
     return isinstance(intervals, dict) and all(is_number(x.get(name)) for name in ("step", "seconds", *NUMBERS)) and all(

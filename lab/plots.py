@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot: the backend is Agg
 
 from common import Parser, UserError, atomic, regular, run
-from lab.comparison import AIMS, BASE, ENOUGH, GROUPS, floors, harm, is_recognizable, mean_curve
+from lab.comparison import AIMS, BASE, ENOUGH, GROUPS, LARGEST, floors, harm, is_recognizable, mean_curve
 
 DPI, MAX_POINTS = 110, 100  # points per curve of a log
 GRAY, COLORS = "0.45", colormaps["tab20"].colors
@@ -46,6 +46,8 @@ def read_log(folder):
         raise UserError(f"{file}: expected the log of a run of train.py, got {error.strerror}") from error
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"{file}: expected numbers {', '.join(keys)} on each line, got {error!r}") from error
+    if any((np.abs(values) > LARGEST).any() for values in log.values()):
+        raise UserError(f"{file}: expected numbers up to {LARGEST:g}, got larger ones")
     if not lines:
         raise UserError(f"{file}: expected a line per step, got an empty file")
     return log

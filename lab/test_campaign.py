@@ -267,7 +267,7 @@ POINT = dict.fromkeys(baselines.NUMBERS, 1) | {"intervals": dict.fromkeys(baseli
 LOG = "step", "loss", "active_w", "active_l", "delta_w", "delta_l"
 RUN = {"about": {"per_prompt": 8}, "curve": [POINT]}
 CONTENTS = {  # (command, file): objects
-    ("plot", "run/log.jsonl"): (dict.fromkeys(LOG, 10**400), dict.fromkeys(LOG, [1])),
+    ("plot", "run/log.jsonl"): (dict.fromkeys(LOG, 10**400), dict.fromkeys(LOG, -1e308), dict.fromkeys(LOG, [1])),
     ("collect", "base/base-model.json"): (
         RUN | {"about": {"per_prompt": "x"}}, RUN | {"about": {"per_prompt": 10**9}},
         RUN | {"curve": [POINT | {"intervals": {}}]}, RUN | {"curve": [POINT | {"distance": float("nan")}]}),
@@ -289,6 +289,7 @@ CHECKPOINTS = {
     "of 10^12 steps": lambda state, moments: state.update(step=10**12),
     "without a moment": lambda state, moments: moments[0].pop("exp_avg"),
     "with a sparse moment": lambda state, moments: moments[0].update(exp_avg=moments[0]["exp_avg"].to_sparse()),
+    "of no steps": lambda state, moments: moments[0].update(step=torch.tensor(-1.0)),
     "with a text": lambda state, moments: moments[0].update(exp_avg="x"),
     "of another parameter": lambda state, moments: moments.update({10**6: moments[0]}),
 }
