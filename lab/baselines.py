@@ -9,8 +9,8 @@
 Any number of such processes may run at once in one folder: each takes the next run that no other has. A run that was
 stopped (SIGTERM, Ctrl-C) resumes at its step, one that was killed at its last measurement.
 
-First each method's few settings (SWEEP) are tried in short runs, on the prompts and noise of comparison.TUNING. The best
-ones then run with each of three training seeds, and are measured on those of REPORT. LiVO has the settings of
+First each method's few settings (SWEEP) are tried in short runs, on the prompts and noise of comparison.TUNING. The
+best ones then run with each of three training seeds, and are measured on those of REPORT. LiVO has the settings of
 tiny-sd/livo.toml and is not tuned here. A finished run is a file, OUT/tune/NAME.json or OUT/NAME.json.
 """
 
@@ -123,7 +123,7 @@ def plan(out, methods=tuple(SWEEP), seeds=SEEDS):
 
 
 def load_curve(file, about=None, fewest=1):
-    """-> the content of a run's file, {"about", "curve", …}. Raises UserError if it is about another length or model."""
+    """-> the content of a run's file, {"about", "curve", …}. Raises UserError for one about something else."""
     found = read_json(file, about=dict, curve=list)
     if len(found["curve"]) < fewest or not all(map(is_point, found["curve"])):
         raise UserError(f"{file}: expected points with {', '.join(NUMBERS)}, got others")
@@ -199,7 +199,7 @@ class Setup:
         return {"step": step, "seconds": round(seconds, 2)} | measured
 
     def apply(self, this):
-        """A method without training -> 0, a curve of one point, images_of. The point's seconds are those of the edit."""
+        """A method without training -> 0, a curve of one point, images_of. Its seconds are those of the edit."""
         begin = time.process_time()
         images_of = untrained(self.sd, this.method, this.settings, self.base)
         return 0, [self.point(this, 0, time.process_time() - begin, images_of)], images_of

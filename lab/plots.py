@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot: the backend is Agg
 
 from common import Parser, UserError, atomic, regular, run
-from lab.comparison import AIMS, BASE, ENOUGH, GROUPS, LARGEST, floors, harm, is_recognizable, mean_curve
+from lab.comparison import BASE, ENOUGH, GROUPS, LARGEST, aims, floors, harm, is_recognizable, mean_curve
 
 DPI, MAX_POINTS = 110, 100  # points per curve of a log
 GRAY, COLORS = "0.45", colormaps["tab20"].colors
@@ -70,8 +70,9 @@ def training(log):
     return figure
 
 
-def plot_points(axes, x, y, points, **options):
-    """A marker per point, hollow if fewer than ENOUGH percent of its professions are correct."""
+def plot_points(axes, results, group, key, points, **options):
+    """The group's harm over the points' `key`. Hollow: fewer than ENOUGH percent of the professions are correct."""
+    x, y = [point[key] for point in points], [harm(point, results["base"], [group]) for point in points]
     hollow = [i for i, point in enumerate(points) if not is_recognizable(point)]
     axes.plot(x, y, **options)
     axes.plot(x, y, markevery=hollow, **options | {"label": "", "linestyle": "", "markerfacecolor": "white"})
@@ -95,15 +96,14 @@ def panels_of(results, columns, size):
 def convergence(results):
     """Harm over steps, and over core-seconds, of each trained method, the mean over training seeds -> figure."""
     figure, panels = panels_of(results, (2, 2), (9, 8))
-    trained = [(color, *item) for color, item in zip(COLORS, results["methods"].items()) if item[1]["parameters"]]
     for group, row in panels.items():
         for axes, key, x_label in zip(row, ("step", "seconds"), ("optimizer steps", "core-seconds of training")):
             style(axes, x_label, f"{group}, % of the base model's" if key == "step" else "")
-            for color, method, found in trained:
-                curve = [results["base"] | {key: 0}, *mean_curve(found["curves"])]
-                curve = curve if group in AIMS.get(method, GROUPS) else []  # still in the legend
-                plot_points(axes, [point[key] for point in curve], [harm(point, results["base"], [group]) for point in curve],
-                            curve, color=color, marker="o", label=method)
+            for color, (method, found) in zip(COLORS, results["methods"].items()):
+                curve = [results["base"] | {"step": 0, "seconds": 0}, *mean_curve(found["curves"])]
+                if found["parameters"]:  # without a point it is in the legend alone
+                    plot_points(axes, results, group, key, curve if group in aims(method) else [], color=color,
+                                marker="o", label=method)
             axes.set_ylim(0)
     add_legend(figure, panels["bias"][0])
     return figure
@@ -116,10 +116,10 @@ def tradeoff(results):
     for group, (axes,) in panels.items():
         style(axes, "distance to the harmless counterpart; 1: another person", f"{group}, % of the base model's")
         for color, (method, found) in zip(COLORS, (results["methods"] | base).items()):
-            points = [curve[-1] for curve in found["curves"] if group in AIMS.get(method, GROUPS)]
-            plot_points(axes, [point[f"{group} distance"] for point in points],
-                        [harm(point, results["base"], [group]) for point in points], points, color=color,
-                        marker="s" if method == BASE else "o" if found["parameters"] else "^", linestyle="", label=method)
+            points = [curve[-1] for curve in found["curves"] if group in aims(method)]
+            marker = "s" if method == BASE else "o" if found["parameters"] else "^"
+            plot_points(axes, results, group, f"{group} distance", points, color=color, marker=marker, linestyle="",
+                        label=method)
     add_legend(figure, panels["bias"][0])
     return figure
 

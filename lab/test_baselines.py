@@ -1,5 +1,6 @@
 """Tests of the baselines, their results and the plots."""
 
+import copy
 import json
 import math
 import os
@@ -70,27 +71,21 @@ def test_gradients_equal_the_formula_by_autograd(sd, dataset, method):
     assert relative(ours, gradients(network)) < 1e-4
 
 
-def test_scaled_bradley_terry_starts_with_slopes_of_1000():
-    for beta in (5.0, 2000.0):
-        err = torch.full((2, 1), 0.1, requires_grad=True)
-        ref_w, ref_l = err.detach()
-        errors = err[0], ref_w, err[1], ref_l
-        finetuning.scaled_bradley_terry(settings(beta=beta), [GENDER], torch.tensor([False]), *errors).backward()
-        assert err.grad.flatten().tolist() == pytest.approx([1000, -1000])
-
-
 def test_anchors_leave_out_the_toxicity_alone():
-    for prompt, anchor in {"a photo of a bloody artist": "a photo of an artist", "the face of a judge": "the face of a judge",
+    for prompt, anchor in {"a photo of a bloody artist": "a photo of an artist", "a judge": "a judge",
                            "a tall chef, covered in blood at home": "a tall chef, at home",
                            "a zombie": "a", "a nurse who is a zombie, in winter": "a nurse, in winter"}.items():
         assert finetuning.without_harms(prompt) == anchor
 
 
+def pairs_asking(sd, dataset, *prompts):
+    return [replace(pair, prompt=prompt, prompt_embeds=encode_prompts(sd, [prompt])[0])
+            for pair, prompt in zip(pairs_of(dataset), prompts)]
+
+
 def test_concept_ablation_follows_finite_differences_with_the_anchor_held(sd, dataset):
-    pairs = [replace(pair, prompt=prompt, prompt_embeds=encode_prompts(sd, [prompt])[0]) for pair, prompt in zip(
-        pairs_of(dataset), ("a bloody judge", "a judge", "a chef as a zombie", "a photo of a bloody nurse"))]
-    s = settings(snr_gamma=2.0)
-    losses, network, model = step(sd, finetuning.add_ablation, "keys and values", pairs, s, moved=0.05)
+    pairs = pairs_asking(sd, dataset, "a bloody judge", "a judge", "a chef as a zombie", "a photo of a bloody nurse")
+    losses, network, model = step(sd, finetuning.add_ablation, "keys and values", pairs, settings(snr_gamma=2.0), 0.05)
     assert losses[1] == 0 and (losses[[0, 2, 3]] > 0).all()
     schedule, asking = Schedule(sd.scheduler), [pairs[row] for row in (0, 2, 3)]
     t = torch.tensor([pair.t for pair in asking])
@@ -116,44 +111,44 @@ def test_concept_ablation_follows_finite_differences_with_the_anchor_held(sd, da
 
 def test_safetext_by_hand(sd, dataset):
     before = torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]], [[0.0, 2.0]]])
-    embeds = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]], [[0.0, -5.0]]], requires_grad=True)
+    embeds = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]], [[0.0, -5.0]]])
     L_u, L_e = finetuning.safetext_losses(embeds, before, torch.tensor([False, True, True]))
     assert L_u.item() == 5 and L_e.item() == pytest.approx(-(0.5**0.5 + 1) / 2)
     assert [loss.item() for loss in finetuning.safetext_losses(before, before, torch.tensor([False] * 3))] == [0, 0]
-    # a step: harmful embeddings turn away, harmless ones have no gradient yet
-    pairs = [replace(pair, prompt=prompt, prompt_embeds=encode_prompts(sd, [prompt])[0])
-             for pair, prompt in zip(pairs_of(dataset), ("a bloody judge", "a tall judge"))]
-    loss, network, model = step(sd, finetuning.add_safetext, "text encoder", pairs, SimpleNamespace(lam=3.0))
-    assert loss.tolist() == pytest.approx([3, 3])  # λ times cosine 1
+    pairs = pairs_asking(sd, dataset, "a bloody judge", "a tall judge")
+    loss, network, _ = step(sd, finetuning.add_safetext, "text encoder", pairs, SimpleNamespace(lam=3.0))
+    assert loss.tolist() == pytest.approx([3, 3])  # λ times cosine 1; the gradient of a distance of 0 is no NaN:
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_only_a_copy_is_trained(sd, dataset, method):
+    part, add = TRAINED[method]
     networks = {name: getattr(sd, name) for name in ("unet", "text_encoder", "vae")}
-    before = {name: {key: t.clone() for key, t in network.state_dict().items()} for name, network in networks.items()}
+    before = {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
     s = SimpleNamespace(**vars(settings(batch=8, micro_batch=8)), lam=10.0)
-    network, model, value_encoder = trainable(sd, TRAINED[method].part)
-    start = {key: t.clone() for key, t in network.state_dict().items()}
-    optimizer = train.make_optimizer(network)
-    add = partial(TRAINED[method].add, sd, model, value_encoder, schedule=Schedule(sd.scheduler), s=s)
+    network, model, value_encoder = trainable(sd, part)
+    start, optimizer = copy.deepcopy(network.state_dict()), train.make_optimizer(network)
+    add = partial(add, sd, model, value_encoder, schedule=Schedule(sd.scheduler), s=s)
     for i in range(2):
         train.take_step(i, network, optimizer, add, dataset, range(1000), s)
     for name, frozen in networks.items():
-        assert all(torch.equal(t, before[name][key]) for key, t in frozen.state_dict().items())
+        assert not changed(frozen.state_dict(), before[name])
         assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
-    moved = [not torch.equal(t, start[key]) for key, t in network.state_dict().items()]
-    assert sum(moved) > 0.9 * len(moved)
-    if TRAINED[method].part == "keys and values":
-        changed = {name for name, t in model.unet.state_dict().items() if not torch.equal(t, before["unet"][name])}
-        assert changed and all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in changed)
+    assert len(changed(network.state_dict(), start)) > 0.9 * len(start)
+    if part == "keys and values":
+        assert only_keys_and_values(changed(model.unet.state_dict(), before["unet"]))
+
+
+def changed(tensors, others):
+    return {name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])}
+
+
+def only_keys_and_values(names):
+    return names and all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in names)
 
 
 # ── Closed form, guidance, prompts ───────────────────────────────────────────────────────────────────────────────────
-
-
-def keys_and_values(unet):
-    return [layer.weight.double() for layer in uce.keys_and_values(unet)]
 
 
 def test_uce_is_the_least_squares_solution(sd):
@@ -162,11 +157,11 @@ def test_uce_is_the_least_squares_solution(sd):
     p = encode_prompts(sd, preserved).double()[0]
     eye = math.sqrt(lam) * torch.eye(c.shape[1], dtype=torch.double)
     edited = uce.edit(sd, edits, preserved, lam)
-    for W, ours in zip(keys_and_values(sd.unet), keys_and_values(edited)):
+    for layer, new in zip(uce.keys_and_values(sd.unet), uce.keys_and_values(edited)):
+        W, ours = layer.weight.double(), new.weight.double()
         A, B = torch.cat([c, p, eye]), torch.cat([target @ W.T, p @ W.T, eye @ W.T])
         torch.testing.assert_close(ours, torch.linalg.lstsq(A, B).solution.T, rtol=1e-4, atol=1e-6)
-    changed = {name for name, W in sd.unet.state_dict().items() if not torch.equal(W, edited.state_dict()[name])}
-    assert changed and all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in changed)
+    assert only_keys_and_values(changed(edited.state_dict(), sd.unet.state_dict()))
 
 
 def test_uce_matches_tokens_across_an_inserted_word():
@@ -178,31 +173,31 @@ def test_uce_matches_tokens_across_an_inserted_word():
     assert "" in preserved and not {text for text, _, _ in edits} & {*preserved}
 
 
+# A step by hand: at first the warm-up, of which the momentum alone remains.
+GUIDANCE = dict(guidance=2.0, warmup=1, momentum_scale=0.5, beta=0.25)
+
+
 def test_a_step_of_safety_guidance_by_hand():
-    cell = lambda *values: torch.tensor(values)[None, :, None, None]
-    options = dict(guidance=2.0, scale=10.0, threshold=0.0, warmup=1, momentum_scale=0.5, beta=0.25)
-    uncond, concept, cond = cell(0.0, 0.0, 0.0), cell(1.0, 1.0, 1.0), cell(0.95, 0.5, 2.0)
+    uncond, concept, cond = torch.zeros(3), torch.ones(3), torch.tensor([0.95, 0.5, 2.0])
     # weights min(1, 10 · |−0.05|), min(1, 10 · |−0.5|), and 0, where the prompt's noise is not below the concept's
-    noise, momentum = guidance.safety_guidance(uncond, concept, cond, momentum=0.0, step=0, **options)
-    torch.testing.assert_close(noise, 2 * cond)  # warm-up
-    torch.testing.assert_close(momentum, 0.75 * cell(0.5, 1.0, 0.0))
-    noise, momentum = guidance.safety_guidance(uncond, concept, cond, momentum=momentum, step=1, **options)
-    safety = cell(0.5, 1.0, 0.0) + 0.5 * cell(0.375, 0.75, 0.0)
-    torch.testing.assert_close(noise, 2 * (cond - safety))
-    torch.testing.assert_close(momentum, 0.25 * cell(0.375, 0.75, 0.0) + 0.75 * safety)
+    safety, guide = torch.tensor([0.5, 1.0, 0.0]), partial(guidance.safety_guidance, uncond, concept, cond, scale=10.0,
+                                                           threshold=0.0, **GUIDANCE)
+    for step, momentum, expected in (0, 0.0, 2 * cond), (1, 0.75 * safety, 2 * (cond - safety - 0.375 * safety)):
+        noise, after = guide(momentum=momentum, step=step)
+        torch.testing.assert_close(noise, expected)
+        torch.testing.assert_close(after, 0.25 * momentum + 0.75 * (safety + 0.5 * momentum))
 
 
 def test_a_step_of_fair_guidance_by_hand():
     row = lambda *values: torch.tensor(values)[None, None, None, :]
-    options = dict(guidance=2.0, scale=3.0, threshold=0.5, warmup=1, momentum_scale=0.5, beta=0.25)
-    uncond, cond = row(1.0, 1.0, 1.0), row(2.0, 1.0, 1.0)
-    wanted, unwanted = row(1.1, 3.0, -2.0), row(5.0, 1.0, 2.0)  # ψ 0.1, 2, −3 and −4, 0, −1: above the median 2, −3; −4, −1
-    edit = row(-12.0, 6.0, -12.0)
-    noise, momentum = guidance.fair_guidance(uncond, wanted, unwanted, cond, momentum=0.0, step=0, **options)
-    torch.testing.assert_close(noise, row(3.0, 1.0, 1.0))  # warm-up
-    torch.testing.assert_close(momentum, 0.75 * edit)
-    noise, _ = guidance.fair_guidance(uncond, wanted, unwanted, cond, momentum=momentum, step=1, **options)
-    torch.testing.assert_close(noise, row(3.0, 1.0, 1.0) + edit + 0.5 * 0.75 * edit)
+    uncond, cond, wanted, unwanted = row(1.0, 1.0, 1.0), row(2.0, 1.0, 1.0), row(1.1, 3.0, -2.0), row(5.0, 1.0, 2.0)
+    # ψ 0.1, 2, −3 and −4, 0, −1: the median of |ψ| keeps 2 and −3, −4 and −1
+    edit, plain = 3 * row(-4.0, 2.0, -3.0 - 1.0), row(3.0, 1.0, 1.0)
+    guide = partial(guidance.fair_guidance, uncond, wanted, unwanted, cond, scale=3.0, threshold=0.5, **GUIDANCE)
+    for step, momentum, expected in (0, 0.0, plain), (1, 0.75 * edit, plain + edit + 0.375 * edit):
+        noise, after = guide(momentum=momentum, step=step)
+        torch.testing.assert_close(noise, expected)
+        torch.testing.assert_close(after, 0.25 * momentum + 0.75 * (edit + 0.5 * momentum))
 
 
 def test_guided_images_are_those_of_diffusers(tmp_path):
@@ -218,10 +213,12 @@ def test_guided_images_are_those_of_diffusers(tmp_path):
         pipe.safety_concept = "a dog"  # only one of the pipelines reads it
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pixels(pipe([text] * 2, generator=generators, num_inference_steps=6, guidance_scale=40.0, **options).images)
+        options |= {"generator": generators, "num_inference_steps": 6, "guidance_scale": 40.0}
+        return pixels(pipe([text] * 2, **options).images)
 
     def ours(texts, guide, **options):
-        return pixels(guidance.generate_guided(sd, settings, text, seeds, texts, partial(guide, guidance=40.0, **options)))
+        guide = partial(guide, guidance=40.0, **options)
+        return pixels(guidance.generate_guided(sd, settings, text, seeds, texts, guide))
 
     plain = ours([], lambda uncond, cond, guidance, **_: (uncond + guidance * (cond - uncond), 0))
     assert abs(plain - expected(diffusers.StableDiffusionPipeline)).max() <= 1
@@ -351,7 +348,8 @@ def test_best_settings_and_the_step_where_a_tenth_is_left():
 
 
 def cells(table):
-    return {line.split(" | ")[0].strip("| "): line.strip("|\n ").split(" | ")[1:] for line in table.splitlines()}
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
+    return {row[0]: row[1:] for row in rows}
 
 
 def test_tables_in_markdown():
@@ -373,7 +371,8 @@ def test_shipped_results_are_of_the_shipped_model_and_its_best_settings(shipped)
         rows = [row for row in results["tuning"] if row["method"] == method]
         assert len(found["curves"]) == (3 if method in TRAINED else 1) and found["settings"] in baselines.SWEEP[method]
         if rows:
-            assert found["settings"] == min(rows, key=lambda row: comparison.rank(method, row["point"], base))["settings"]
+            best = min(rows, key=lambda row: comparison.rank(method, row["point"], base))
+            assert found["settings"] == best["settings"]
 
 
 def points_of(axes, label):
@@ -482,8 +481,9 @@ def test_processes_share_the_runs_of_a_folder(tmp_path):
 
 
 def test_stopped_and_killed_runs_resume(small, tmp_path, monkeypatch):
-    whole, broken = ([*small, "--only", "Diffusion-DPO", "--seeds", "0", "--out", str(tmp_path / name / "runs")]
-                     for name in "ab")
+    folders = [tmp_path / name / "runs" / "Diffusion-DPO-seed=0" for name in "ab"]
+    whole, broken = ([*small, "--only", "Diffusion-DPO", "--seeds", "0", "--out", str(folder.parent)]
+                     for folder in folders)
     baselines.main(whole)
     take_step, calls = train.take_step, []
 
@@ -496,25 +496,20 @@ def test_stopped_and_killed_runs_resume(small, tmp_path, monkeypatch):
         return take_step(number, *args)
 
     monkeypatch.setattr(train, "take_step", dying)
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         baselines.main(broken)
-    assert exit.value.code == 128 + signal.SIGTERM
     with pytest.raises(RuntimeError):
         baselines.main(broken)
     # as if killed between writing a curve and its checkpoint: the curve is a point ahead
-    file = tmp_path / "b" / "runs" / "Diffusion-DPO-seed=0" / "curve.json"
-    ahead = json.loads(file.read_text())
-    file.write_text(json.dumps(ahead | {"curve": [*ahead["curve"], ahead["curve"][-1] | {"step": 3, "profession": -1}]}))
+    ahead = json.loads((folders[1] / "curve.json").read_text())
+    ahead["curve"].append(ahead["curve"][-1] | {"step": 3, "profession": -1})
+    (folders[1] / "curve.json").write_text(json.dumps(ahead))
     baselines.main(broken)
     assert calls == [0, 1, 2, 2]
-    first, second = (json.loads((tmp_path / name / "runs" / "Diffusion-DPO-seed=0.json").read_text())["curve"]
-                     for name in "ab")
-    for point in first + second:
-        del point["seconds"]
-    assert first == second
-    ours, other = (torch.load(tmp_path / name / "runs" / "Diffusion-DPO-seed=0" / "checkpoint.pt", weights_only=True)
-                   ["value_encoder"] for name in "ab")
-    assert all(torch.equal(ours[key], tensor) for key, tensor in other.items())
+    first, second = (json.loads(folder.with_name(folder.name + ".json").read_text())["curve"] for folder in folders)
+    assert [point | {"seconds": 0} for point in first] == [point | {"seconds": 0} for point in second]
+    ours, other = (torch.load(folder / "checkpoint.pt", weights_only=True)["value_encoder"] for folder in folders)
+    assert not changed(ours, other)
 
 
 @pytest.mark.parametrize("options, message", [
