@@ -6,6 +6,7 @@ None of it is the method. A checkpoint needs no random state: data and noise of 
 import atexit
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -79,12 +80,25 @@ def parse_settings(parser, cls, argv):
     except UserError as error:
         raise UserError(f"{file}: expected options of train.py, got: {error}") from error
     s = cls(**{option.name: getattr(args, option.name) for option in fields(cls)})
+    parse_margins(s.margins)
     if not s.data:
         raise UserError(f"--weights {s.weights}: expected --data too, preference data for it, got none")
     for name in ("weights", "tokenizer", "init", "data"):  # --resume may be called from another folder
         if (value := getattr(s, name)) not in ("", TOY) and Path(value).exists():
             setattr(s, name, str(Path(value).resolve()))
     return args, s, folder
+
+
+def parse_margins(text):
+    """"gender equality: 2 2; racial equality: 0.5 1" -> {principle: (γ1, γ2)}. Raises UserError for other texts."""
+    try:
+        rows = [row.split(":") for row in text.split(";") if row.strip()]
+        found = {principle.strip(): tuple(map(float, numbers.split())) for principle, numbers in rows}
+        if all(len(pair) == 2 and all(0 <= x < math.inf for x in pair) for pair in found.values()):
+            return found
+    except ValueError:
+        pass
+    raise UserError(f'--margins: expected "principle: γ1 γ2; …", got {text!r}')
 
 
 def save_settings(folder, s):

@@ -29,8 +29,8 @@ from efficiency import checkpoint_layers, keep_freed_memory
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, load_value_encoder,
                   make_context, violating_hinge)
 from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, join_processes, load_preset, one_first,
-                  parse_settings, resume, save_checkpoint, save_samples, save_settings, setting, sum_over_processes,
-                  warn_if_saturated)
+                  parse_margins, parse_settings, resume, save_checkpoint, save_samples, save_settings, setting,
+                  sum_over_processes, warn_if_saturated)
 from unet import ResnetBlock, SpatialTransformer
 
 TINY_SD = Path(__file__).parent / "tiny-sd"
@@ -108,18 +108,6 @@ def reference_errors(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservati
     output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([prompt_embeds, prompt_embeds]))
     target = torch.where(preservation.repeat(2)[:, None, None, None], output, target)
     return denoising_error(output, target).chunk(2), target.chunk(2)
-
-
-def parse_margins(text):
-    """"gender equality: 2 2; racial equality: 0.5 1" -> {principle: (γ1, γ2)}. Raises UserError for other texts."""
-    try:
-        rows = [row.split(":") for row in text.split(";") if row.strip()]
-        found = {principle.strip(): tuple(map(float, numbers.split())) for principle, numbers in rows}
-        if all(len(pair) == 2 and all(0 <= x < math.inf for x in pair) for pair in found.values()):
-            return found
-    except ValueError:
-        pass
-    raise UserError(f'--margins: expected "principle: γ1 γ2; …", got {text!r}')
 
 
 def margins(principles, preservation, s):
@@ -263,9 +251,7 @@ def parse_args(argv=None):
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing: less memory")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
     add_device_options(parser, default="bf16 on CUDA, else fp32")
-    args, s, folder = parse_settings(parser, Settings, argv)
-    parse_margins(s.margins)
-    return args, s, folder
+    return parse_settings(parser, Settings, argv)
 
 
 def main(argv=None):
