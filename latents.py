@@ -54,8 +54,10 @@ def load_latents(sd, samples, folder):
             encode_samples(sd, samples, prompts, temporary)
 
     def map_file(path, shape, dtype):
-        path = str(regular(path, "a file of tensors"))
-        return torch.from_file(path, size=math.prod(shape), dtype=dtype).view(shape)
+        size, got = math.prod(shape), regular(path, "a file of tensors", math.inf).stat().st_size
+        if got != size * dtype.itemsize:  # torch would accept a larger file
+            raise ValueError(f"{path.name}: expected {size * dtype.itemsize} bytes, got {got}")
+        return torch.from_file(str(path), size=size, dtype=dtype).view(shape)
 
     def read(folder):
         shape = len(samples), 2, 2, unet.in_channels, unet.sample_size, unet.sample_size

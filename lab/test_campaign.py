@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data
+import latents
 import runs
 import sample
 import train
@@ -502,7 +503,7 @@ def test_of_two_first_runs_one_makes_the_pairs_and_the_latents(tmp_path, origina
 
     monkeypatch.setattr(toy.render_pairs, "__defaults__", (toy.PRINCIPLES, dict.fromkeys(toy.PAIRS, 1), {}))
     monkeypatch.setattr(toy, "render_pairs", counted(toy.render_pairs))
-    monkeypatch.setattr(data, "encode_samples", counted(data.encode_samples))
+    monkeypatch.setattr(latents, "encode_samples", counted(latents.encode_samples))
     torch.set_num_threads(1)  # those of OpenMP do not survive a fork
     sd, barrier = weights.load(original / "model"), FORK.Barrier(3)
     processes = [FORK.Process(target=first_run, args=(barrier,)) for _ in range(3)]
