@@ -67,10 +67,7 @@ def parse_settings(parser, cls, argv):
         values = read_json(file)
     else:
         folder, file = args.out or Path("runs/livo"), f"{args.weights}/livo.toml"
-        check_writable(folder)
-        if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
-            raise UserError(f"{folder}: expected a new folder, got one with files in it; "
-                            f"resume with --resume {folder}, or choose another --out")
+        check_new(folder)
         values = load_preset(args.weights)
     try:  # as if they had been typed before the others: checked alike, and overruled by them
         if folders := values.keys() & {"out", "resume"}:
@@ -87,6 +84,13 @@ def parse_settings(parser, cls, argv):
         if (value := getattr(s, name)) not in ("", TOY) and Path(value).exists():
             setattr(s, name, str(Path(value).resolve()))
     return args, s, folder
+
+
+def check_new(folder):
+    check_writable(folder)
+    if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
+        raise UserError(f"{folder}: expected a new folder, got one with files in it; "
+                        f"resume with --resume {folder}, or choose another --out")
 
 
 def parse_margins(text):

@@ -28,7 +28,7 @@ from diffusion import Schedule
 from efficiency import checkpoint_layers, keep_freed_memory
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, load_value_encoder,
                   make_context, violating_hinge)
-from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, join_processes, load_preset, one_first,
+from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new, join_processes, load_preset, one_first,
                   parse_margins, parse_settings, resume, save_checkpoint, save_samples, save_settings, setting,
                   sum_over_processes, warn_if_saturated)
 from unet import ResnetBlock, SpatialTransformer
@@ -273,8 +273,10 @@ def carry_out(args, s, folder, sd):
     """Read the data, train, and write the results."""
     if s.data == TOY:
         from lab import toy  # the one place where the core imports the lab
-    if RANK == 0 and not args.resume:
-        save_settings(folder, s)  # before the long work, so that it can be resumed
+    if not args.resume:
+        check_new(folder)  # again, as another run may have ended here meanwhile
+        if RANK == 0:
+            save_settings(folder, s)  # before the long work, so that it can be resumed
     with one_first():
         root = toy.default_pairs(folder.parent) if s.data == TOY else s.data
         dataset = PreferenceDataset(root, sd, folder.parent / "cache")
