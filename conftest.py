@@ -113,8 +113,8 @@ def trained_a_little(sd):
 
 def settings(**changes):
     return train.Settings(**{"weights": "", "batch": 4, "micro_batch": 4, "steps": 4, "lr": 1e-3, "warmup": 2,
-                             "beta": 100.0, "alpha": 50.0, "margins": "gender equality: 0.4 0.2; racial equality: 0.4 0.2",
-                             "save_every": 2, "sample_every": 10**6} | changes)
+                             "beta": 100.0, "alpha": 50.0, "save_every": 2, "sample_every": 10**6,
+                             "margins": "gender equality: 0.4 0.2; racial equality: 0.4 0.2"} | changes)
 
 
 def pairs_of(dataset, n=4):

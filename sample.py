@@ -131,19 +131,26 @@ def save_png(image, path, settings):
         image.save(temporary, pnginfo=info)
 
 
+def automatic(found):
+    """The principles that "auto" applies, of those that a retriever found.
+
+    The toxic ones, or the bias principles if there are none. A value encoder learns one principle at a time, and a
+    toxic principle's token is too weak beside two others.
+    """
+    return [principle for principle in found if principle in TOXIC] or found
+
+
 def choose_principles(choices, prompt):
     """The option --principle -> the principles to apply.
 
-    "none" is none. "auto" is what the retriever finds: the toxic principles, or the bias principles if there are none.
-    A value encoder learns one principle at a time, and a toxic principle's token is too weak beside two others.
+    "none" is none. "auto" is `automatic` of what the retriever finds.
     Raises UserError for a blank choice, or "none" beside others.
     """
     choices = [choice.strip() for choice in choices]
     choices = [choice.lower() if choice.lower() in ("auto", "none") else choice for choice in choices]
     if "" in choices or "none" in choices and len(choices) > 1:
         raise UserError(f"--principle: expected auto, none alone, or a text, got {', '.join(map(repr, choices))}")
-    found = retrieve(prompt)
-    auto = [principle for principle in found if principle in TOXIC] or found
+    auto = automatic(retrieve(prompt))
     chosen = [{"auto": auto, "none": []}.get(choice, [choice]) for choice in choices]
     chosen = list(dict.fromkeys(principle for some in chosen for principle in some))
     if len(chosen) > MAX_PRINCIPLES:

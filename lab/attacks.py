@@ -23,16 +23,17 @@ from common import Parser, UserError, atomic, check_writable, number, regular, r
 from lab.captions import WORDINGS
 from lab.classifier import load_classifier
 from lab.clip_image import load_clip
+from lab.comparison import markdown
 from lab.evaluate import METRICS, TINY_CLIP, fingerprint, prompts_about
 from lab.gate import gate_table
-from lab.metrics import TOXICITY, percent
+from lab.metrics import percent
 from lab.portraits import PROFESSIONS, SIZE
 from lab.rewrites import REWRITES, rewrites
 from lab.toy import PRINCIPLES
 from livo import is_bias, load_value_encoder, make_context, make_uncond
-from retrieve import TOXIC, retrieve
+from retrieve import retrieve
 from runs import SAMPLING
-from sample import sample_images
+from sample import automatic, sample_images
 
 ROOT = Path(__file__).parent.parent
 HARMS = {attribute: principle for principle, attribute in PRINCIPLES.items() if not is_bias(principle)}
@@ -63,11 +64,6 @@ def active(principles, seed):
     return tuple(principle for principle in principles if not is_bias(principle) or seed % 2 == 0)
 
 
-def automatic(found, seed):
-    """What sample.py's --principle auto makes of the principles that a retriever found."""
-    return active([principle for principle in found if principle in TOXIC] or found, seed)
-
-
 def methods(images, harm, retrievers):
     """-> {name: function (prompts, seeds) -> images}, for one toxicity category."""
     adjective, phrases = WORDINGS[harm]
@@ -77,7 +73,8 @@ def methods(images, harm, retrievers):
               "principle in the prompt": lambda prompt, seed: (f"{prompt}, {HARMS[harm]}", seed, (), ""),
               "LiVO, principle given": lambda prompt, seed: (prompt, seed, (HARMS[harm],), "")}
     for name, found in retrievers.items():
-        row_of[f"LiVO, {name}"] = lambda prompt, seed, found=found: (prompt, seed, automatic(found(prompt), seed), "")
+        row_of[f"LiVO, {name}"] = lambda prompt, seed, found=found: (
+            prompt, seed, active(automatic(found(prompt)), seed), "")
     return {name: lambda prompts, seeds, row=row: images([*map(row, prompts, seeds)]) for name, row in row_of.items()}
 
 
@@ -129,7 +126,7 @@ def combination_table(images, classifier, n):
         row, correct = {}, []
         for principle in used or every:
             attribute = PRINCIPLES[principle]
-            name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
+            name, metric = METRICS[attribute]
             prompts = [prompt for prompt in prompts_about(attribute, SUBJECTS) for _ in range(n)]
             predictions = classifier.classify(images([(prompt, seed, active(used, seed), "")
                                                       for seed, prompt in enumerate(prompts)]))
@@ -142,10 +139,9 @@ def combination_table(images, classifier, n):
 
 def print_markdown(title, table):
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    lines = [[title, *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(f"{row[column]:.0f}" if column in row else "–" for column in columns)]
-              for name, row in table.items()]
-    print("", *(f"| {' | '.join(line)} |" for line in lines), sep="\n")
+    rows = [[name, *(f"{row[column]:.0f}" if column in row else "–" for column in columns)]
+            for name, row in table.items()]
+    print("\n" + markdown([title, *columns], rows), end="")
 
 
 def main(argv=None):

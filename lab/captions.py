@@ -37,8 +37,8 @@ CLAUSES = ("near a wooden door", "in the city", "at home", "on a sunny day", "lo
            "waiting for a bus", "with a friend", "in winter", "by the sea", "thinking", "standing", "in a good mood",
            "talking", "outdoors", "from the village", "of the year", "at night")  # fmt: skip
 # Parts of a syllable
-ONSETS = ("", *"bcdfghjklmnprstvwyz", "bl", "br", "ch", "cl", "cr", "dr", "fl", "gr", "pl", "pr", "sh", "sm", "sp", "st",
-          "th", "tr", "wh", "qu")  # fmt: skip
+ONSETS = ("", *"bcdfghjklmnprstvwyz", "bl", "br", "ch", "cl", "cr", "dr", "fl", "gr", "pl", "pr", "sh", "sm", "sp",
+          "st", "th", "tr", "wh", "qu")  # fmt: skip
 VOWELS = (*"aeiou", *"aeiou", "ai", "ea", "ee", "oo", "ou", "io")
 CODAS = ("", "", "", *"dlmnrstkpy", "ck", "ng", "nt", "pp", "rk", "st", "ing", "ed", "er", "ly")
 

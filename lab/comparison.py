@@ -16,7 +16,7 @@ from lab import toy
 from lab.captions import with_article
 from lab.classifier import ATTRIBUTES
 from lab.evaluate import METRICS, pixel_distance
-from lab.metrics import BIAS, TOXICITY, bootstrap, least, percent, unbiased
+from lab.metrics import BIAS, bootstrap, least, percent, unbiased
 from lab.portraits import PROFESSIONS
 from lab.twins import OTHER_NOISE, twin_prompts
 from livo import is_bias, spread
@@ -78,7 +78,7 @@ def measure(classifier, images_of, base, prompts, n):
             correct += (predictions["profession"] == PROFESSIONS.index(profession)).tolist()
             distances["bias" if bias else "toxicity"].append(distances_to_twins(
                 images, shown, attribute, profession, chosen, base, prompts.opening))
-        _, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
+        _, metric = METRICS[attribute]
         result = bootstrap(metric, np.stack(rows))
         point[name], intervals[name] = result["value"], [result["low"], result["high"]]
     point["profession"] = percent(correct)
@@ -162,7 +162,7 @@ def floors(n):
     likely, but a finite sample is rarely balanced.
     """
     biases = [(f"{attribute} {name}", BIAS[name], len(ATTRIBUTES[attribute]))
-              for attribute, (name, _) in METRICS.items()]
+              for attribute, (name, _) in METRICS.items() if name in BIAS]
     return {kind: dict.fromkeys(HARMS, 0.0) | {name: of(metric, k, n, n // 2) for name, metric, k in biases}
             for kind, of in (("least possible", least), ("unbiased", unbiased))}
 

@@ -370,6 +370,7 @@ def side_by_side(sd, count=36, **settings):
 # ------------------------------------------------------------------------------------------- the quick table
 
 METRICS = {name: (metric, bias(len(ATTRIBUTES[name]))[metric]) for name, metric in (("gender", "D1"), ("skin", "D2"))}
+METRICS |= dict.fromkeys(portraits.HARMS, ("R", TOXICITY["R"]))
 
 
 def prompts_about(attribute, professions):
@@ -392,7 +393,7 @@ def print_quick_table(sd, value_encoder, principles, professions=("doctor", "nur
     print(f"{title:40}" + "".join(f"{name:>12}" for name in ("base model", "LiVO", "by tiny-clip", *FLOORS)))
     correct = {False: [], True: []}  # with LiVO?
     for principle, attribute in rows:
-        name, metric = METRICS.get(attribute, ("R", TOXICITY["R"]))
+        name, metric = METRICS[attribute]
         prompts, values = prompts_about(attribute, professions), []
         for livo in (False, True):
             images = [by_seed(generate(sd, prompt, "", [principle] * livo, value_encoder, range(i * n, i * n + n),

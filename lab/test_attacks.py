@@ -12,7 +12,7 @@ from lab import attacks, gate, rewrites
 from lab.classifier import Classifier
 from livo import ValueEncoder
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
-from sample import generate
+from sample import automatic, generate
 
 
 class Counts:
@@ -36,9 +36,9 @@ def test_an_attack_succeeds_by_the_image_and_the_search_climbs():
     assert not attacks.search(lambda prompts, seeds: ["a"] * len(prompts), "x judge", "bloody", ["zz"], Counts(), 0)
 
 
-def test_automatic_principles_are_those_of_sample_py():
-    assert attacks.automatic([BLOODY, GENDER, RACE], 1) == (BLOODY,)
-    assert attacks.automatic([GENDER, RACE], 0) == (GENDER, RACE) and attacks.automatic([GENDER, RACE], 1) == ()
+def test_bias_principles_are_in_every_second_image_and_toxic_ones_go_alone():
+    assert automatic([BLOODY, GENDER, RACE]) == [BLOODY] and attacks.active([BLOODY, GENDER], 1) == (BLOODY,)
+    assert automatic([GENDER, RACE]) == [GENDER, RACE] and attacks.active([GENDER, RACE], 0) == (GENDER, RACE)
     functions = attacks.methods(list, "bloody", {"retriever": retrieve, "blind": lambda prompt: []})
     rows = {name: function(["a bloody tree"], [3])[0] for name, function in functions.items()}
     assert rows["LiVO, retriever"] == rows["LiVO, principle given"] == ("a bloody tree", 3, (BLOODY,), "")

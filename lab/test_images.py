@@ -1,4 +1,4 @@
-"""Images are read as a viewer shows them, and outputs replace files alone. The kinds of ../shared/cases are made here."""
+"""Images are read as a viewer shows them, outputs replace files alone. The kinds of ../shared/cases are made here."""
 
 import os
 import struct

@@ -110,7 +110,8 @@ def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESER
             for noun, seed in zip(nouns_of_pairs(attribute, pairs[attribute]), seeds):
                 prompt, aligned, violating = portrait_pair(seed, attribute, noun)
                 write(TOXICITY_TYPE if attribute in HARMS else BIAS_TYPE, attribute, noun, seed,
-                      *((render(record), prompt, value, 1) for record in aligned), (render(violating), prompt, value, 0))
+                      *((render(record), prompt, value, 1) for record in aligned),
+                      (render(violating), prompt, value, 0))
             for noun, seed in zip(nouns_of_pairs(attribute, preservation.get(attribute, 0)), seeds):
                 _, (record, *_), _ = portrait_pair(seed, attribute, noun)
                 write(PRESERVATION_TYPE, attribute, noun, seed, (render(record), write_caption(record), value, 1))
