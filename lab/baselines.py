@@ -35,6 +35,7 @@ from formats.disk import locked
 from lab import evaluate, portraits, toy, uce
 from lab.classifier import digest, load_classifier
 from lab.comparison import BASE, NUMBERS, REPORT, TUNING, is_point, measure, rank, seconds_added, tables
+from lab.damage import load_detector
 from lab.evaluate import fingerprint, generated, kept, negative_prompt, principle_in_prompt
 from lab.finetuning import TRAINED, trainable
 from lab.guidance import SLD, fair_diffusion, safe_latent_diffusion
@@ -42,7 +43,7 @@ from livo import is_bias
 from runs import SAMPLING, caught_signals
 
 PRESET = train.load_preset(train.TINY_SD)
-VERSION = 3  # part of every run's key: raise it when the code trains or measures differently with the same settings
+VERSION = 4  # part of every run's key: raise it when the code trains or measures differently with the same settings
 
 LIVO = "LiVO"
 SWEEP = {  # the settings that are tried; a method with only one is not tuned
@@ -175,7 +176,7 @@ class Setup:
                             f"got {self.sd.size} pixels")
         root = args.data or toy.default_pairs(args.out.parent)
         self.dataset = PreferenceDataset(root, self.sd, args.out.parent / "cache")
-        self.classifier = load_classifier()
+        self.classifier, self.detector = load_classifier(), load_detector()
         key = VERSION, evaluate.VERSION, PRESET, SAMPLING, TUNING, REPORT, self.classifier.name, self.dataset.key
         self.model = f"{fingerprint(self.sd)} {digest(map(str, key))}"
         self.generate = partial(generated, self.sd, None, SAMPLING)
@@ -195,7 +196,7 @@ class Setup:
 
     def point(self, this, step, seconds, images_of):
         prompts = TUNING if this.tuning else REPORT
-        measured = measure(self.classifier, images_of, self.base, prompts, self.args.per_prompt)
+        measured = measure(self.classifier, self.detector, images_of, self.base, prompts, self.args.per_prompt)
         return {"step": step, "seconds": round(seconds, 2)} | measured
 
     def apply(self, this):

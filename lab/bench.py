@@ -4,10 +4,12 @@
     python -m lab.bench sample --full --size 512   # the SD 1.5 architecture with random weights
     python -m lab.bench train --full --size 256    # one pair per step
     python -m lab.bench load --full
+    python -m lab.bench unet --full                # one UNet call beside OpenVINO's, where `pip install openvino` was done
+    python -m lab.bench operators --full           # where the time of such a call goes
     python -m lab.bench attention                  # the Triton kernels of attention.py, on a GPU
 
 References: diffusers' pipeline for sampling and loading (with the package accelerate it loads faster), the authors'
-recipe with diffusers and transformers for a training step, scaled_dot_product_attention. Both sides of a row compute in
+recipe with diffusers and transformers for a training step, scaled_dot_product_attention, OpenVINO. Both sides of a row compute in
 the same precision. ratio: reference / ours, so above 1 ours is faster. Each run has its own process, the two sides
 alternate, and medians are compared. peak: GB of a process's memory, libraries and weights included, or of GPU memory.
 """
@@ -30,6 +32,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -188,6 +191,66 @@ def sample_diffusers(folder, device, dtype, size, n, steps, whole, compiled=Fals
                   generator=[torch.Generator().manual_seed(SEED + i) for i in range(n)],
                   callback_on_step_end=stamp).images  # fmt: skip
     return clock(device) - stamps[0] if whole else step_seconds(stamps), images
+
+
+# ── one UNet call ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def unet_inputs(config, side, n):
+    """Of n guided images: noise (2n, 4, side, side), a timestep, context (2n, 77, D), float32."""
+    torch.manual_seed(SEED)
+    return torch.randn(2 * n, 4, side, side), torch.tensor([500]), torch.randn(2 * n, TEXT, config.cross_attention_dim)
+
+
+def unet_ours(folder, device, dtype, side, n, calls):
+    """Call the UNet on the latents of n guided images -> seconds of a call, its output."""
+    unet = weights.load(folder, dtype=dtype, vae_dtype=dtype, device=device).unet
+    x, t, context = unet_inputs(unet.config, side, n)
+    x, context, stamps = x.to(device, dtype), context.to(device, dtype), [clock(device)]
+    for _ in range(calls):
+        with torch.no_grad():
+            output = unet(x, t, context)
+        stamps.append(clock(device))
+    return step_seconds(stamps), output.float()
+
+
+def write_openvino(folder, side, n, file):
+    """Convert diffusers' UNet, in float32: OpenVINO lowers the precision itself."""
+    import openvino
+
+    unet = load_diffusers(folder, "cpu", torch.float32).unet
+    inputs = unet_inputs(unet.config, side, n)
+    with torch.no_grad():
+        model = openvino.convert_model(unet, example_input=inputs, input=[tuple(x.shape) for x in inputs])
+    openvino.save_model(model, file, compress_to_fp16=False)
+    return 0.0, None
+
+
+def unet_openvino(folder, device, dtype, side, n, calls, file):
+    """The same with OpenVINO's copy of diffusers' UNet, on as many threads."""
+    import openvino
+
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    model = openvino.Core().compile_model(file, "CPU", {
+        "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    inputs = [x.numpy() for x in unet_inputs(read_config(folder / "unet" / "config.json", UNet), side, n)]
+    request, stamps = model.create_infer_request(), [clock(device)]
+    for _ in range(calls):
+        output = request.infer(inputs)[0]
+        stamps.append(clock(device))
+    return step_seconds(stamps), torch.from_numpy(output.copy())
+
+
+def print_operators(folder, device, dtype, side, n, rows=12):
+    """Print torch's profile of one UNet call after a first one."""
+    unet = weights.load(folder, dtype=dtype, vae_dtype=dtype, device=device).unet
+    x, t, context = (x.to(device) for x in unet_inputs(unet.config, side, n))
+    with torch.no_grad():
+        unet(x.to(dtype), t, context.to(dtype))
+        with torch.profiler.profile() as found:
+            unet(x.to(dtype), t, context.to(dtype))
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=40))
+    return 0.0, None
 
 
 # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -374,6 +437,27 @@ def bench_train(model, args):
         yield compare(f"training step, batch {n}, {size}×{size}, {label}", *sides, args.runs)
 
 
+def bench_unet(model, args):
+    if not find_spec("openvino"):
+        raise UserError("unet: expected the package openvino (pip install openvino), got none")
+    side, n, calls = (args.size or model.size) // model.factor, args.batch or 1, args.steps or 4
+    file = model.folder / "openvino.xml"
+    measure_apart(partial(write_openvino, model.folder, side, n, file))
+    print_header("seconds", "openvino")
+    for dtype, label in precisions(model, args):
+        sides = [partial(call, model.folder, model.device, dtype, side, n, calls)
+                 for call in (unet_ours, partial(unet_openvino, file=file))]
+        yield compare(f"UNet call, guided, batch {n}, {side * model.factor} pixels, {label}", *sides, args.runs)
+
+
+def bench_operators(model, args):
+    side = (args.size or model.size) // model.factor
+    for dtype, label in precisions(model, args):
+        print(label)
+        measure_apart(partial(print_operators, model.folder, model.device, dtype, side, args.batch or 1))
+    return []
+
+
 def bench_load(model, args):
     print_header("seconds", "diffusers")
     for dtype, label in precisions(model, args):
@@ -440,11 +524,12 @@ def save_rows(machine, rows):
 
 
 PARTS = {"sample": bench_sample, "train": bench_train, "load": bench_load, "attention": bench_attention}
+ON_REQUEST = {"unet": bench_unet, "operators": bench_operators}
 
 
 def main(argv=None):
     parser, count = Parser(description=__doc__.splitlines()[0]), number(int, 1, 1024)
-    parser.add_argument("part", nargs="?", choices=PARTS, help="what to measure; everything if left out")
+    parser.add_argument("part", nargs="?", choices=PARTS | ON_REQUEST, help="what to measure; the first four if left out")
     parser.add_argument("--full", action="store_true", help="the SD 1.5 architecture with random weights, not tiny-sd")
     parser.add_argument("--runs", type=count, default=3, help="of each side; an even number takes the lower median")
     parser.add_argument("--size", type=number(int, 1, 2**14), help="of the images, in pixels (default: the model's)")
@@ -463,7 +548,7 @@ def main(argv=None):
         name = "SD 1.5, random" if args.full else "tiny-sd"
         print(f"{machine(device)}, torch {torch.__version__}, {name}")
         for part in [args.part] if args.part else PARTS:
-            rows += PARTS[part](model, args)
+            rows += (PARTS | ON_REQUEST)[part](model, args)
     if args.save:
         about = {"model": name, "torch": torch.__version__, "runs": args.runs}
         save_rows(machine(device), [about | row for row in rows])

@@ -27,6 +27,7 @@ from lab.portraits import stack, to_float
 ATTRIBUTES = {"profession": portraits.PROFESSIONS, "gender": portraits.GENDERS, "skin": portraits.SKINS}
 ATTRIBUTES |= {harm: (False, True) for harm in portraits.HARMS}
 
+RUNS = Path(__file__).parent.parent / "runs"  # holds trained networks of the lab
 CHANNELS, WIDTH = (3, 16, 32, 64, 96), 64
 TRAINING = {"images": 12_000, "epochs": 2, "batch": 64, "learning_rate": 3e-3}
 VERSION = 1  # raise it when the trained classifier changes for a reason that `cache_key` does not see
@@ -108,15 +109,20 @@ def cache_key():
     return digest([str((VERSION, CHANNELS, WIDTH, TRAINING, ATTRIBUTES)), *images])
 
 
-def load_classifier(folder=Path(__file__).parent.parent / "runs"):
-    """The classifier of the toy dataset: from `folder`, or else trained and written there. Its `name` has its key."""
-    classifier, name = Classifier().eval(), f"classifier-{cache_key()}"
-
+def load_trained(network, file, train):
+    """A small network with the weights in `file`, where train() -> a trained one is written if there is none."""
     def make(file):
         with atomic(file) as path:
-            torch.save(train_classifier(**TRAINING).state_dict(), path)
+            torch.save(train().state_dict(), path)
 
-    cached(folder / f"{name}.pt", lambda file: classifier.load_state_dict(torch.load(file, weights_only=True)), make)
+    cached(file, lambda file: network.load_state_dict(torch.load(file, weights_only=True)), make)
+    return network.eval()
+
+
+def load_classifier(folder=RUNS):
+    """The classifier of the toy dataset: from `folder`, or else trained and written there. Its `name` has its key."""
+    name = f"classifier-{cache_key()}"
+    classifier = load_trained(Classifier(), folder / f"{name}.pt", lambda: train_classifier(**TRAINING))
     classifier.name = name
     return classifier
 

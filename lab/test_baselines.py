@@ -21,6 +21,7 @@ from conftest import SD1, gradients, pairs_of, pixels, refused, relative, settin
 from diffusion import Schedule
 from formats.disk import locked
 from lab import baselines, comparison, evaluate, finetuning, guidance, plots, twins, uce
+from lab.damage import Detector
 from lab.finetuning import TRAINED, trainable
 from livo import encode_prompts, make_context
 from retrieve import BLOODY, GENDER, RACE
@@ -287,7 +288,11 @@ def test_measure_by_hand():
         def classify(self, images):
             level = torch.tensor([image.getpixel((0, 0))[0] for image in images])
             return {"profession": level * 0, "gender": level % 2, "skin": level * 0, "bloody": (level < 4) * 0.9,
-                    "zombie": level * 0.0}
+                    "zombie": level * 0.0, "smoking": level * 0.0}
+
+    class BrightDetector:
+        def is_damaged(self, images):
+            return np.array([image.getpixel((0, 0))[0] > 3 for image in images])
 
     asked = []
 
@@ -297,11 +302,12 @@ def test_measure_by_hand():
 
     method = lambda prompt, seeds: uniform_images([seed + 1 for seed in seeds])
     prompts = comparison.PromptSet("a photo of ", ("doctor", "judge"), 0)
-    point = comparison.measure(LevelClassifier(), method, base, prompts, n=2)
+    point = comparison.measure(LevelClassifier(), BrightDetector(), method, base, prompts, n=2)
     intervals = point.pop("intervals")
     # seeds 0 and 1 of doctors, 2 and 3 of judges; for bias 0 and 2 are the method's
     assert point == pytest.approx({
         "gender D1": 0, "skin D2": 100 * math.sqrt(0.8), "bloody R": 75, "zombie R": 0, "profession": 50,
+        "damaged": 100,  # of the two images that are not bloody
         "bias distance": (1 + 3) / 20, "toxicity distance": (1 + 2 + 3 + 4) / 40}, abs=1e-3)
     assert {*intervals} == {*comparison.HARMS} and intervals["bloody R"][0] < 75 < intervals["bloody R"][1]
     assert {*asked} == {f"a photo of a {words}{profession}" for words in ("", "man ", "pale-skinned ")
@@ -316,7 +322,7 @@ def test_measure_by_hand():
 
 def fake_curve(harms, correct=100.0):
     curve = [{"step": 50 * (i + 1), "seconds": 10.0 * (i + 1), **dict.fromkeys(comparison.HARMS, harm),
-              "profession": correct, "bias distance": 0.1 * i, "toxicity distance": 0.2 * i}
+              "profession": correct, "damaged": 0.0, "bias distance": 0.1 * i, "toxicity distance": 0.2 * i}
              for i, harm in enumerate(harms)]
     for point in curve:
         point["intervals"] = {name: [point[name] / 2, point[name]] for name in comparison.HARMS}
@@ -432,6 +438,7 @@ def test_errors_of_a_log(tmp_path, text, message):
 def small(tiny, root, monkeypatch, classifier):
     """Options of a command with few runs, of few steps and images. Two methods are tuned."""
     monkeypatch.setattr(baselines, "load_classifier", lambda: classifier)
+    monkeypatch.setattr(baselines, "load_detector", lambda: Detector().eval())
     monkeypatch.setattr(baselines, "SAMPLING", {"steps": 2, "sampler": "dpm", "guidance": 2.0, "batch_size": 2})
     monkeypatch.setattr(baselines, "MEASURED", (2,))
     for name, prompts in ("TUNING", comparison.TUNING), ("REPORT", comparison.REPORT):

@@ -35,6 +35,19 @@ def test_images_are_those_of_diffusers(tiny, tmp_path, size, whole):
     assert ours.shape == (1, size, size, 3) and abs(ours - reference).max() <= (3 if size == 512 else 1)
 
 
+def test_unet_call_is_that_of_openvino(tiny, tmp_path):
+    pytest.importorskip("openvino")
+    where = tiny, CPU, torch.float32, 16, 1, 3
+    bench.write_openvino(tiny, 16, 1, file := tmp_path / "unet.xml")
+    ours, reference = bench.unet_ours(*where)[1], bench.unet_openvino(*where, file)[1]
+    torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-3)
+
+
+def test_operators_of_a_call(one_process, capsys):
+    bench.main(["operators", "--dtype", "fp32", "--device", "cpu"])
+    assert "aten::mkldnn_convolution" in (shown := capsys.readouterr().out) and "both float32" in shown
+
+
 def test_training_loss_is_that_of_the_reference_implementation(tiny, tmp_path):
     bench.write_pairs(tiny, CPU, torch.float32, 64, 2, tmp_path / "pairs.pt")
     ours, reference = (side(tiny, CPU, torch.float32, 64, 2, 3, tmp_path / "pairs.pt")[1]

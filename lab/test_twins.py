@@ -6,9 +6,9 @@ import torch
 
 import weights
 from conftest import refused
-from lab import portraits, twins
+from lab import damage, portraits, twins
 from lab.classifier import Classifier, uniform_record
-from lab.portraits import stack
+from lab.portraits import stack, to_float
 from livo import ValueEncoder
 
 
@@ -31,6 +31,7 @@ def test_twins_name_what_is_shown_and_leave_out_the_toxicity():
 
 def test_the_command(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(twins, "load_classifier", lambda: Classifier().eval())
+    monkeypatch.setattr(twins, "load_detector", lambda: damage.Detector().eval())
     monkeypatch.setattr(portraits, "PROFESSIONS", ("judge", "artist"))
     monkeypatch.setitem(twins.SAMPLING, "steps", 1)
     options = ["--weights", str(tiny), "-n", "1", "--out", str(tmp_path)]
@@ -38,5 +39,28 @@ def test_the_command(tiny, tmp_path, capsys, monkeypatch):
     weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), tmp_path / "livo")
     twins.main([*options, "--value-encoder", str(tmp_path / "livo")])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(twins.PRINCIPLES))]
-    assert len(lines) == 4 and np.isfinite([float(x) for line in lines for x in line.split()[-2:]]).all()
+    assert len(lines) == 4 and np.isfinite([float(x) for line in lines for x in line.split()[-4:]]).all()
     assert (tmp_path / "twins.png").exists()
+
+
+def test_damage_marks_the_cells_that_it_changes():
+    clean = to_float(damage.harmless(range(16)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        damaged, cells = damage.damage(clean)
+    change = (damaged - clean).abs().amax(1).unfold(1, 4, 4).unfold(2, 4, 4).amax((3, 4))  # (16, 16, 16)
+    assert torch.equal(cells, change > damage.VISIBLE) and cells.any((1, 2)).float().mean() > 0.9
+    assert cells.float().mean() < 0.2 and damaged.abs().max() <= 1
+
+
+def test_a_detector_begins_to_tell_damaged_portraits_after_160_steps(monkeypatch):
+    monkeypatch.setattr(damage, "HELD_OUT", 64)
+    state = torch.get_rng_state()
+    detector = damage.train_detector(128, 20, batch=16)
+    assert torch.equal(torch.get_rng_state(), state)
+    clean = to_float(damage.harmless(range(1000, 1100)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        damaged, _ = damage.damage(clean)
+    clean, damaged = detector.strongest(clean), detector.strongest(damaged)
+    assert (damaged[:, None] > clean).float().mean() > 0.65 and (clean > detector.threshold).float().mean() < 0.1

@@ -5,7 +5,8 @@
 
 The *twin* of LiVO's image is the base model's image from the same noise, whose prompt does not ask for the toxicity, or
 names the gender or skin that LiVO's image shows. Their distance is given as a fraction of that of two twins of different
-noise, in pixels and in tiny-clip's image space: 0 is the same image, 1 another person.
+noise, in pixels and in tiny-clip's image space: 0 is the same image, 1 another person. Beside it, the images that a
+detector of blotches calls damaged (damage.py).
 """
 
 from pathlib import Path
@@ -18,7 +19,9 @@ from lab import portraits
 from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES, load_classifier
 from lab.clip_image import load_clip
+from lab.damage import load_detector
 from lab.evaluate import generate_each
+from lab.metrics import percent
 from lab.portraits import stack
 from lab.toy import PRINCIPLES
 from livo import load_value_encoder
@@ -43,7 +46,7 @@ def distances(images, others, clip):
     return np.array([(a - b).abs().mean().item(), 1 - cosines.mean().item()])
 
 
-def measure_principle(sd, value_encoder, principle, attribute, n, classifier, clip):
+def measure_principle(sd, value_encoder, principle, attribute, n, classifier, detector, clip):
     """-> a row of the table, and the images of the first seed: base model, LiVO, twin."""
     professions = [profession for profession in portraits.PROFESSIONS for _ in range(n)]
     seeds, harm = range(len(professions)), attribute + " " if attribute in portraits.HARMS else ""
@@ -54,7 +57,8 @@ def measure_principle(sd, value_encoder, principle, attribute, n, classifier, cl
     twins = twin_prompts(attribute, professions, classifier.classify(livo)[attribute])
     twin, other = (generate_each(sd, SAMPLING, [(prompt, "") for prompt in twins], [seed + offset for seed in seeds])
                    for offset in (0, OTHER_NOISE))
-    return distances(livo, twin, clip) / distances(twin, other, clip), [base[::n], livo[::n], twin[::n]]
+    damaged = [percent(detector.is_damaged(images)) for images in (livo, twin)]
+    return [*distances(livo, twin, clip) / distances(twin, other, clip), *damaged], [base[::n], livo[::n], twin[::n]]
 
 
 def main(argv=None):
@@ -69,11 +73,12 @@ def main(argv=None):
     value_encoder = load_value_encoder(args.value_encoder, args.weights, sd)
     if value_encoder is None or sd.size != portraits.SIZE:
         raise UserError(f"{args.weights}: expected a model of the toy dataset with a value encoder, got none")
-    classifier, clip = load_classifier(), load_clip(ROOT / "tiny-clip")
-    print(f"{'distance to twin':34}{'pixels':>11}{'tiny-clip':>11}")
+    classifier, detector, clip = load_classifier(), load_detector(), load_clip(ROOT / "tiny-clip")
+    print(f"{'':34}{'distance to twin':>22}{'damaged, percent':>22}")
+    print(" " * 34 + "".join(f"{column:>11}" for column in ("pixels", "tiny-clip", "LiVO", "twin")))
     rows = []
     for principle, attribute in PRINCIPLES.items():
-        values, images = measure_principle(sd, value_encoder, principle, attribute, args.n, classifier, clip)
+        values, images = measure_principle(sd, value_encoder, principle, attribute, args.n, classifier, detector, clip)
         print(f"{principle:34}" + "".join(f"{value:11.2f}" for value in values), flush=True)
         rows += [(f"{principle}: {name}", some) for name, some in zip(("base model", "LiVO", "twin"), images)]
     with atomic(args.out / "twins.png") as path:
