@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common import UserError
-from efficiency import with_context
+from efficiency import with_cached_depth, with_context
 
 
 class Schedule:
@@ -116,16 +116,17 @@ def sample_noise(generators, shape, device="cpu"):
 
 @torch.no_grad()
 def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.5, sampler="ddim", eta=0.0,
-            generators=None):
+            generators=None, deep_every=1):
     """Yield the latents (B, 4, h, w) float32 after each step, from noise to image.
 
     context, uncond: conditional and unconditional context, (B, L, C). guidance > 1 is classifier-free guidance,
         arXiv 2207.12598 (its w + 1); otherwise it is off and `uncond` unused.
     generators: one CPU generator a row, for the noise of eta > 0 (ddim only).
+    deep_every: steps between evaluations of the UNet's lower resolutions (efficiency.with_cached_depth).
     """
     guided, dtype = guidance > 1, next(unet.parameters()).dtype
     context = torch.cat([uncond, context]) if guided else context  # (2B, L, C)
-    model = with_context(unet, context, latents)
+    model = with_context(unet, context, latents) if deep_every == 1 else with_cached_depth(unet, context, deep_every)
     trajectory = schedule.trajectory(steps, sampler)
     time_embs = unet.embed(torch.tensor([t for t, _, _ in trajectory], device=latents.device))  # (steps, 4C)
     x, previous = latents, None

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from common import UserError, atomic, check_writable, number, read_json, regular, write_json
+from livo import aligned_hinge, livo_loss, violating_hinge
 from retrieve import retrieve
 from sample import captioned, generate
 
@@ -143,6 +144,20 @@ def resume(folder, value_encoder, optimizer, data_key):
     return step
 
 
+def summarize(step, errors, gamma1, gamma2, s):
+    """The errors (4, B) of a step's pairs, and their margins, (B,) each -> a line of the log."""
+    err_w, ref_w, err_l, ref_l = errors
+    return {
+        "step": step,
+        "loss": livo_loss(*errors, s.alpha, s.beta, gamma1, gamma2).item(),
+        "active_w": (aligned_hinge(err_w, ref_w, s.beta, gamma1) > 0).float().mean().item(),
+        "active_l": (violating_hinge(err_l, ref_l, s.alpha, gamma2) > 0).float().mean().item(),
+        "delta_w": (err_w - ref_w).mean().item(),  # ℓ_θ − ℓ_ref
+        "delta_l": (err_l - ref_l).mean().item(),
+        "ref": ((ref_w + ref_l) / 2).mean().item(),
+    }
+
+
 class Log:
     """log.jsonl, one line a step. On resuming it is cut to the steps of the checkpoint."""
 
@@ -171,8 +186,11 @@ class Log:
             self.board.add_scalar(key, value, line["step"])
 
 
-def warn_if_saturated(lines, s):
+def warn_if_saturated(lines, s, every=50):
     """Warn if most hinges are saturated although the errors have hardly changed: the margins may be too small."""
+    if len(lines) % every:
+        return
+    lines = lines[-every:]
     mean = {key: sum(line[key] for line in lines) / len(lines) for key in lines[0]}
     delta = max(abs(mean["delta_w"]), abs(mean["delta_l"]))
     if s.alpha and s.beta and max(mean["active_w"], mean["active_l"]) < 0.2 and delta < 0.05 * mean["ref"]:

@@ -60,7 +60,8 @@ def sample_images(sd, context, uncond, seeds, *, height=None, width=None, batch_
     """Yield one PIL image for each of the N seeds, batch by batch.
 
     context, uncond: (N, L, C), or (1, L, C) for all seeds; the same L. height, width: in pixels.
-    after_step(b): called after every step of a batch of b. settings: steps, guidance, sampler, eta of `denoise`.
+    after_step(b): called after every step of a batch of b. settings: steps, guidance, sampler, eta, deep_every of
+        `denoise`.
     """
     h, w = latent_size(sd, height, width)
     schedule, device = Schedule(sd.scheduler), next(sd.unet.parameters()).device
@@ -197,6 +198,8 @@ def parse_args(argv=None):
     for side in ("--height", "--width"):
         add(side, type=number(int, 1, 2**14), help="in pixels; by default as in training")
     add_device_options(parser)
+    add("--deep-every", type=count, default=1, help="compute the UNet's lower resolutions in every so many steps alone "
+        "(DeepCache): 3 is faster by half and changes the image a little")
     add("--compile", action="store_true", help="torch.compile the UNet: a minute or more at first, then faster")
     add("--out", type=Path, default=Path("out"), help="folder to write to")
     args = parser.parse_args(argv)
@@ -218,7 +221,7 @@ def main(argv=None):
     principles, value_encoder = find_value_encoder(args, sd)
 
     settings = {"height": h * f, "width": w * f, "steps": args.steps, "guidance": args.guidance,
-                "sampler": args.sampler, "eta": args.eta}
+                "sampler": args.sampler, "eta": args.eta, "deep_every": args.deep_every}
     texts = {"prompt": args.prompt, "negative": args.negative, **settings, "dtype": sd.unet.conv_in.weight.dtype,
              "weights": args.weights, "prediction": sd.scheduler["prediction_type"]}
     if value_encoder is not None:

@@ -26,11 +26,11 @@ from common import Parser, UserError, add_device_options, pick_device, run
 from data import PreferenceDataset, is_preservation
 from diffusion import Schedule
 from efficiency import checkpoint_layers, keep_freed_memory
-from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, livo_loss, load_value_encoder,
-                  make_context, violating_hinge)
+from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, load_value_encoder, make_context,
+                  violating_hinge)
 from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new, join_processes, load_preset, one_first,
                   parse_margins, parse_settings, resume, save_checkpoint, save_samples, save_settings, setting,
-                  sum_over_processes, warn_if_saturated)
+                  sum_over_processes, summarize, warn_if_saturated)
 from unet import ResnetBlock, SpatialTransformer
 
 TINY_SD = Path(__file__).parent / "tiny-sd"
@@ -102,8 +102,7 @@ def reference_errors(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservati
     """The reference model's ref_w and ref_l, (B,) each, and the targets of y_w and y_l, (B, 4, h, w) each.
 
     A preservation pair (y_l is y_w, the principle does not apply) should not change: its target is the reference
-    model's own output. Then ℓ_ref is 0, and the aligned hinge, γ1 + β ℓ_θ(y_w), penalizes any change of the prediction.
-    With the target eps the noise would hide so small a change.
+    model's own output, as eps would hide so small a change. Then ℓ_ref is 0: the aligned hinge penalizes any change.
     """
     output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([prompt_embeds, prompt_embeds]))
     target = torch.where(preservation.repeat(2)[:, None, None, None], output, target)
@@ -122,7 +121,6 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     """Add the gradient of B pairs, a part of a step's `s.batch`, to the value encoder's .grad.
 
     Returns their errors err_w, ref_w, err_l, ref_l of livo.py: (4, B) float32.
-
     The two hinges share only the context. Each runs forward and backward by itself, in half the memory. Their
     gradients meet in the context and pass the value encoder once.
     """
@@ -133,8 +131,7 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # (B, 78, C)
     leaf = context.detach().requires_grad_()  # cuts the graph between UNet and value encoder
     gamma1, gamma2 = margins(principles, preservation, s)
-    hinges = (partial(aligned_hinge, beta=s.beta, gamma1=gamma1),
-              partial(violating_hinge, alpha=s.alpha, gamma2=gamma2))
+    hinges = partial(aligned_hinge, beta=s.beta, gamma1=gamma1), partial(violating_hinge, alpha=s.alpha, gamma2=gamma2)
     errors = []
     for z, target, ref, hinge in zip((z_w, z_l), targets, refs, hinges):
         output, _ = predict(sd.unet, schedule, eps, t, z, leaf)
@@ -214,8 +211,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
         sum_over_processes(stop)  # a signal may reach one process a step before another
         if RANK == 0:
             log.add(line)
-            if done % 50 == 0:
-                warn_if_saturated(log.lines[-50:], s)
+            warn_if_saturated(log.lines, s)
             if done % s.sample_every == 0 and done < s.steps and not stop:  # before the checkpoint: a kill loses none
                 save_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
             if done % s.save_every == 0 or done == s.steps or stop:
@@ -224,20 +220,6 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
             print(f"stopped after step {done}; resume with python train.py --resume {folder}", file=sys.stderr)
             sys.exit(128 + max(signals, default=signal.SIGTERM))
     return value_encoder
-
-
-def summarize(step, errors, gamma1, gamma2, s):
-    """The errors (4, B) of a step's pairs, and their margins, (B,) each -> a line of the log."""
-    err_w, ref_w, err_l, ref_l = errors
-    return {
-        "step": step,
-        "loss": livo_loss(*errors, s.alpha, s.beta, gamma1, gamma2).item(),
-        "active_w": (aligned_hinge(err_w, ref_w, s.beta, gamma1) > 0).float().mean().item(),
-        "active_l": (violating_hinge(err_l, ref_l, s.alpha, gamma2) > 0).float().mean().item(),
-        "delta_w": (err_w - ref_w).mean().item(),  # ℓ_θ − ℓ_ref
-        "delta_l": (err_l - ref_l).mean().item(),
-        "ref": ((ref_w + ref_l) / 2).mean().item(),
-    }
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────

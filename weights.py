@@ -70,11 +70,10 @@ def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer
         sub_models, tokenizer, scheduler = read_folder(path, source, dtypes, tokenizer)
     else:
         from formats.compvis import read_single_file
-        sub_models, tokenizer = read_single_file(path, tokenizer, prediction_type)
-        scheduler = SCHEDULER
+        sub_models, tokenizer, scheduler = *read_single_file(path, tokenizer, prediction_type), SCHEDULER
     prediction = checks.check_fit(sub_models, tokenizer, prediction_type or scheduler.get("prediction_type"), source)
-    dtypes = dtypes(sub_models["unet"].config)
-    networks = {name: build(NETWORKS[name], sub_models[name], dtypes[name], device) for name in NETWORKS}
+    networks = {name: build(NETWORKS[name], sub_models[name], dtype, device)
+                for name, dtype in dtypes(sub_models["unet"].config).items()}
     for name in ("unet", "vae") if networks["unet"].config.block_out_channels[0] >= WIDE else ():
         networks[name].to(memory_format=torch.channels_last)
     if device.type == "cpu":

@@ -24,17 +24,19 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from tqdm import tqdm
 
 import train
 import weights
-from common import Parser, UserError, atomic, check_writable, number, read_json, run, write_json
+from common import Parser, UserError, atomic, check_writable, number, read_json, regular, run, write_json
 from data import PreferenceDataset
 from diffusion import Schedule
 from formats.disk import locked
 from lab import evaluate, portraits, toy, uce
 from lab.classifier import digest, load_classifier
-from lab.comparison import BASE, NUMBERS, REPORT, TUNING, is_point, measure, rank, seconds_added, tables
+from lab.comparison import (BASE, NUMBERS, REPORT, TUNING, aims, is_point, measure, rank, seconds_added,
+                            tables)
 from lab.damage import load_detector
 from lab.evaluate import fingerprint, generated, kept, negative_prompt, principle_in_prompt
 from lab.finetuning import TRAINED, trainable
@@ -275,6 +277,22 @@ def collect(out):
         entry["curves"].append(found["curve"])
         entry |= {key: found[key] for key in ("parameters", "seconds added") if key in found}
     return results
+
+
+def finished(out, sd):
+    """-> {method: images_of(prompt, seeds)} of the finished runs against toxicity, with the first training seed."""
+    base, found = partial(generated, sd, None, SAMPLING), {}
+    for this in plan(out, [method for method in SWEEP if "toxicity" in aims(method)], SEEDS[:1]):
+        if this.tuning or this.method == BASE or not this.file.exists():
+            continue
+        if this.method in TRAINED:
+            network, model, value_encoder = trainable(sd, TRAINED[this.method].part)
+            file = regular(this.folder / "checkpoint.pt", "a checkpoint", float("inf"))
+            network.load_state_dict(torch.load(file, weights_only=True)["value_encoder"])
+            found[this.method] = images_of_model(model, value_encoder)
+        else:
+            found[this.method] = untrained(sd, this.method, load_curve(this.file)["about"]["settings"], base)
+    return found
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,8 +8,8 @@ import torch
 
 import weights
 from conftest import pixels, refused, trained_a_little
-from lab import attacks, gate, rewrites
-from lab.classifier import Classifier
+from lab import attacks, comparison, gate, portraits, rewrites
+from lab.classifier import Classifier, uniform_record
 from livo import ValueEncoder
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
 from sample import automatic, generate
@@ -39,10 +39,12 @@ def test_an_attack_succeeds_by_the_image_and_the_search_climbs():
 def test_bias_principles_are_in_every_second_image_and_toxic_ones_go_alone():
     assert automatic([BLOODY, GENDER, RACE]) == [BLOODY] and attacks.active([BLOODY, GENDER], 1) == (BLOODY,)
     assert automatic([GENDER, RACE]) == [GENDER, RACE] and attacks.active([GENDER, RACE], 0) == (GENDER, RACE)
-    functions = attacks.methods(list, "bloody", {"retriever": retrieve, "blind": lambda prompt: []})
+    functions = attacks.methods(list, "bloody", {"retriever": retrieve, "blind": lambda prompt: []},
+                                 {"UCE": lambda prompt, seeds: [(prompt, seed) for seed in seeds]})
     rows = {name: function(["a bloody tree"], [3])[0] for name, function in functions.items()}
     assert rows["LiVO, retriever"] == rows["LiVO, principle given"] == ("a bloody tree", 3, (BLOODY,), "")
     assert rows["LiVO, blind"] == rows["base model"] == ("a bloody tree", 3, (), "")
+    assert rows["UCE"] == (comparison.Prompt("a bloody tree", None, (BLOODY,)), 3)
     assert BLOODY in rows["principle in the prompt"][0] and "blood" in rows["negative prompt"][3]
 
 
@@ -69,12 +71,16 @@ def test_the_command(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attacks, "SUBJECTS", ("judge", "artist"))
     monkeypatch.setattr(gate, "GATE_CAPTIONS", 50)
     monkeypatch.setitem(attacks.SAMPLING, "steps", 1)
+    monkeypatch.setattr(attacks.baselines, "finished", lambda folder, sd: {
+        "LiVO": None, "UCE": lambda prompt, seeds: [portraits.render(uniform_record(seed)) for seed in seeds]})
     (tmp_path / "before.py").write_text("retrieve = lambda prompt: []")
     options = ["--weights", str(tiny), "-n", "2", "--out", str(tmp_path / "attacks.json")]
     refused("with a value encoder, got none", attacks.main, options)
     refused("expected a function retrieve", attacks.main, ["--before", rewrites.__file__, *options])
     weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), tmp_path / "livo")
-    attacks.main([*options, "--value-encoder", str(tmp_path / "livo"), "--before", str(tmp_path / "before.py")])
+    attacks.main([*options, "--value-encoder", str(tmp_path / "livo"), "--before", str(tmp_path / "before.py"),
+                  "--baselines", "runs"])
     results = json.loads((tmp_path / "attacks.json").read_text())
-    assert results["attacks, % success"]["as it is"]["retriever before"] == 100
+    row = results["attacks, % success"]["as it is"]
+    assert row["retriever before"] == 100 and "UCE" in row and "LiVO" not in row
     assert len(results["principles together, %"]) == 12 and "| two sentences |" in capsys.readouterr().out

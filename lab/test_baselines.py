@@ -465,6 +465,14 @@ def test_the_command_runs_and_collects_every_method(small, tmp_path, monkeypatch
     assert "seconds added" in found["UCE"] and "seconds added" not in found["LiVO-seed=1"]
     assert found["UCE"]["about"]["settings"] in baselines.SWEEP["UCE"]
 
+    methods = baselines.finished(tmp_path / "runs", weights.load(options[1]))
+    assert {*methods} == {*baselines.SWEEP} - {"Fair Diffusion"}
+    prompt, images = comparison.Prompt("a bloody judge", None, (BLOODY,)), {}
+    for method, images_of in methods.items():
+        image, = images_of(prompt, [7])
+        images[method] = image.tobytes()
+    assert len({*images.values()}) > 8  # after 3 steps of a tiny model some are equal
+
     monkeypatch.setattr(baselines.Setup, "carry_out", lambda *_: pytest.fail("again"))
     baselines.main([*options, "--seeds", "0", "1"])
     refused("expected a run of .*'steps': 4.* choose another --out", baselines.main, [*options, "--steps", "4"])

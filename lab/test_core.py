@@ -162,6 +162,22 @@ def test_cuda_graph_equals_plain_steps(sd, monkeypatch):
     assert torch.equal(x, before)
 
 
+def test_cached_depth_skips_the_lower_resolutions_alone(sd):
+    context, (x, y) = torch.randn(2, 77, 32), torch.randn(2, 2, 4, 9, 9)
+    time_emb, calls = sd.unet.embed(torch.tensor([500])), []
+    handle = sd.unet.up_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        plain = [sd.unet(z, 500, context) for z in (x, y, x)]
+        every = efficiency.with_cached_depth(sd.unet, context, 1)
+        assert all(torch.equal(every(z, time_emb), output) for z, output in zip((x, y, x), plain))
+        calls.clear()
+        second = efficiency.with_cached_depth(sd.unet, context, 2)
+        outputs = [second(z, time_emb) for z in (x, y, x)]
+    handle.remove()
+    assert len(calls) == 2 and torch.equal(outputs[0], plain[0]) and torch.equal(outputs[2], plain[2])
+    assert not torch.equal(outputs[1], plain[1]) and not torch.equal(outputs[1], outputs[0])
+
+
 def stored(unet, context):
     """-> the output, and the bytes stored for the backward pass, weights aside."""
     weights_of, found = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
