@@ -364,10 +364,10 @@ def test_tables_in_markdown():
     assert results["UCE"][2] == "20.0 [10.0, 20.0]" and results["least possible"][:2] == ["0.0", "33.5"]
     assert speed["LiVO"][1:] == ["1,000", "100, 20 s", "100, 20 s", "100, 20 s"] and "UCE" not in speed
     assert speed["SafeText"] == ["lam 3", "1,000", "", "not reached", "150, 30 s"]  # too few professions are correct
-    assert tuning["UCE"][:3] == ["lam 2", "40", "100.0"]
+    assert tuning["UCE"][:3] == ["lam 2", "40", "100"]
 
 
-@pytest.mark.skipif(not evaluate.TRAINED.exists(), reason="no assets/baselines.json: the baselines were not run yet")
+@pytest.mark.skipif(not evaluate.TRAINED.exists(), reason="no assets/baselines.json: the baselines were not run")
 def test_shipped_results_are_of_the_shipped_model_and_its_best_settings(shipped):
     results = json.loads(evaluate.TRAINED.read_text())
     assert results["about"]["model"].startswith(evaluate.fingerprint(shipped[0]))
@@ -375,7 +375,8 @@ def test_shipped_results_are_of_the_shipped_model_and_its_best_settings(shipped)
     (base,) = [row["point"] for row in results["tuning"] if row["method"] == comparison.BASE]
     for method, found in results["methods"].items():
         rows = [row for row in results["tuning"] if row["method"] == method]
-        assert len(found["curves"]) == (3 if method in TRAINED else 1) and found["settings"] in baselines.SWEEP[method]
+        assert len(found["curves"]) in ((2, 3) if method in TRAINED else (1,))  # training seeds
+        assert found["settings"] in baselines.SWEEP[method]
         if rows:
             best = min(rows, key=lambda row: comparison.rank(method, row["point"], base))
             assert found["settings"] == best["settings"]
