@@ -79,6 +79,20 @@ def augment(x):
     return x + 0.1 * uniform(1, 1, 1) * torch.randn_like(x)
 
 
+def minimize(network, loss_of, images, epochs, batch, learning_rate, title):
+    """AdamW with a one-cycle rate on loss_of(rows), for batches of rows of `images` -> the network, for evaluation."""
+    order = torch.cat([torch.randperm(images) for _ in range(epochs)]).split(batch)
+    optimizer = torch.optim.AdamW(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, len(order))
+    for rows in tqdm(order, title, disable=None):
+        loss = loss_of(rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
 def train_classifier(images, epochs, batch=TRAINING["batch"], learning_rate=TRAINING["learning_rate"]):
     """Train on so many rendered portraits of `uniform_record`. The global random state stays as it is."""
     records = [uniform_record(seed) for seed in range(images)]
@@ -86,17 +100,13 @@ def train_classifier(images, epochs, batch=TRAINING["batch"], learning_rate=TRAI
     targets["skin"][targets["zombie"] == 1] = -100  # ignored by cross_entropy
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        classifier, order = Classifier(), torch.cat([torch.randperm(images) for _ in range(epochs)]).split(batch)
-        optimizer = torch.optim.AdamW(classifier.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, len(order))
-        for rows in tqdm(order, "training the classifier", disable=None):
+        classifier = Classifier()
+
+        def loss_of(rows):
             logits, _ = classifier(augment(to_float(pixels[rows])))
-            loss = sum(F.cross_entropy(logits[name], targets[name][rows]) for name in ATTRIBUTES)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return classifier.eval()
+            return sum(F.cross_entropy(logits[name], targets[name][rows]) for name in ATTRIBUTES)
+
+        return minimize(classifier, loss_of, images, epochs, batch, learning_rate, "training the classifier")
 
 
 def digest(texts):

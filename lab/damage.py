@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lab import portraits
-from lab.classifier import RUNS, augment, digest, load_trained, uniform_record
+from lab.classifier import RUNS, augment, digest, load_trained, minimize, uniform_record
 from lab.portraits import stack, to_float
 
 TRAINING = {"images": 6000, "epochs": 5}
@@ -93,20 +93,17 @@ def train_detector(images, epochs, batch=64, learning_rate=3e-3):
     pixels = harmless(tqdm(range(images), "rendering", disable=None))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        detector, order = Detector(), torch.cat([torch.randperm(images) for _ in range(epochs)]).split(batch)
-        optimizer = torch.optim.AdamW(detector.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, len(order))
-        for rows in tqdm(order, "training the detector of damage", disable=None):
-            x, cells = damage(to_float(pixels[rows]))
-            clean = torch.rand(len(rows)) < 0.5
-            x = torch.where(clean[:, None, None, None], to_float(pixels[rows]), x)
-            cells = cells & ~clean[:, None, None]
-            loss = F.binary_cross_entropy_with_logits(detector(uneven(x)), cells.float())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        detector.eval()
+        detector = Detector()
+
+        def loss_of(rows):
+            clean = to_float(pixels[rows])
+            damaged, cells = damage(clean)
+            stays = torch.rand(len(rows)) < 0.5
+            x = torch.where(stays[:, None, None, None], clean, damaged)
+            cells = cells & ~stays[:, None, None]
+            return F.binary_cross_entropy_with_logits(detector(uneven(x)), cells.float())
+
+        minimize(detector, loss_of, images, epochs, batch, learning_rate, "training the detector of damage")
         undamaged = uneven(to_float(harmless(range(images, images + HELD_OUT))))
         detector.threshold.fill_(detector.strongest(undamaged).quantile(1 - FALSE_ALARMS))
     return detector
