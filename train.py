@@ -5,8 +5,7 @@
     torchrun --nproc_per_node 8 train.py …       # the same result as one process, up to rounding
     python train.py --resume runs/livo           # resume an interrupted run, bit for bit
 
-A run's folder holds value_encoder/, log.jsonl, samples/, settings.json and checkpoint.pt. Latents and prompt embeddings
-are cached beside it. `python -m lab.plots runs/livo` plots the log.
+A run's folder holds value_encoder/, log.jsonl (`python -m lab.plots` plots it), samples/, settings.json, checkpoint.pt.
 """
 
 import formats.missing  # before all others: names a package that is not installed
@@ -39,11 +38,7 @@ BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0  # AdamW and 
 
 @dataclass
 class Settings:
-    """Everything that decides the result, one option each. The defaults are published with the authors' code.
-
-    (Their command asks for the warm-up, but with its `--lr_scheduler constant` diffusers ignores it.)
-    A checkpoint may bring settings of its own, livo.toml in its folder.
-    """
+    """All that decides the result, one option each. Defaults: the authors'; a checkpoint may bring its own livo.toml."""
 
     weights: str = setting(str(TINY_SD), "model: folder, file or hub name")
     tokenizer: str = setting("", "folder of the tokenizer, for weights that come without one")
@@ -54,12 +49,13 @@ class Settings:
     batch: int = setting(8, "pairs a step, over all processes", 1, 2**16)
     micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1, 2**10)
     lr: float = setting(1e-6, "learning rate")
-    warmup: int = setting(1000, "steps of linear warm-up", 1)
+    warmup: int = setting(1000, "steps of linear warm-up", 1)  # asked for by the authors, ignored by their scheduler
     decay: float = setting(0.0, "fraction of the steps, the last ones, of linear decay to 0", 0, 1)
     alpha: float = setting(ALPHA, "slope α of the violating hinge")
     beta: float = setting(BETA, "slope β of the aligned hinge")
     gamma1: float = setting(GAMMA1, "margin of the aligned hinge")
     gamma2: float = setting(GAMMA2, "margin of the violating hinge")
+    final_ln_lr_scale: float = setting(1.0, "factor on the rate of the final LayerNorm, which sets the token norm")
     margins: str = setting("", 'γ1 and γ2 of single principles, "gender equality: 2 2; racial equality: 0.5 1"')
     snr_gamma: float = setting(0.0, "γ of min-SNR weighting over timesteps (arXiv 2303.09556); 0: all weigh the same")
     seed: int = setting(0, "of the order of the pairs and of all noise", 0, 2**63)
@@ -81,7 +77,7 @@ def collate(pairs, device):
 def predict(unet, schedule, eps, t, z, context):
     """Noise latents z with eps and t of B pairs -> the UNet's output, and its target, eps or v: two like z, float32.
 
-    z: (n·B, 4, h, w), those of y_w alone (n = 1), or of y_w and then of y_l (n = 2).
+    z: (n·B, 4, h, w), of one image of each pair (n = 1), or of y_w and then of y_l (n = 2).
     """
     n, dtype = len(z) // len(t), unet.conv_in.weight.dtype
     eps, t = eps.repeat(n, 1, 1, 1), t.repeat(n)
@@ -118,9 +114,8 @@ def margins(principles, preservation, s):
 
 
 def add_gradient(sd, value_encoder, pairs, schedule, s):
-    """Add the gradient of B pairs, a part of a step's `s.batch`, to the value encoder's .grad.
+    """Add the gradient of B pairs of a step to the value encoder's .grad -> err_w, ref_w, err_l, ref_l: (4, B) float32.
 
-    Returns their errors err_w, ref_w, err_l, ref_l of livo.py: (4, B) float32.
     The two hinges share only the context. Each runs forward and backward by itself, in half the memory. Their
     gradients meet in the context and pass the value encoder once.
     """
@@ -146,13 +141,13 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
 
 
 def take_step(step, network, optimizer, add, dataset, timesteps, s):
-    """One optimizer step over all processes -> the errors (4, batch) of its pairs.
+    """One optimizer step over all processes -> the errors (4, batch) of its pairs. add: `add_gradient` of some pairs.
 
-    add(pairs): adds their gradient to the network's .grad and returns their errors, as `add_gradient` does.
     Raises UserError if an error or the gradient is not finite.
     """
     parameters = list(network.parameters())
-    optimizer.param_groups[0]["lr"] = learning_rate(step, s)
+    for group in optimizer.param_groups:
+        group["lr"] = group["scale"] * learning_rate(step, s)
     optimizer.zero_grad(set_to_none=False)
     errors = torch.zeros(4, s.batch, device=parameters[0].device)
     mine = range(RANK, s.batch, WORLD)  # the rows of the batch that this process has
@@ -172,11 +167,14 @@ def take_step(step, network, optimizer, add, dataset, timesteps, s):
 
 # ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def make_optimizer(network):
-    """AdamW with the authors' options."""
-    for parameter in network.parameters():
+def make_optimizer(network, final_ln_lr_scale=1.0):
+    """AdamW with the authors' options. The final LayerNorm of a text encoder may have a learning rate of its own."""
+    final, others = {"params": [], "scale": final_ln_lr_scale}, {"params": [], "scale": 1.0}
+    for name, parameter in network.named_parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return torch.optim.AdamW(network.parameters(), betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+        (final if "final_layer_norm" in name else others)["params"].append(parameter)
+    groups = [group for group in (others, final) if group["params"]]
+    return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
 
 
 def learning_rate(step, s):
@@ -193,7 +191,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     timesteps = range(len(schedule.alphas_cumprod))
     initial = load_value_encoder(s.init, s.weights, sd) if s.init else sd.text_encoder
     value_encoder = ValueEncoder.from_text_encoder(initial)
-    optimizer = make_optimizer(value_encoder)
+    optimizer = make_optimizer(value_encoder, s.final_ln_lr_scale)
     start = resume(folder, value_encoder, optimizer, dataset.key)
     add = partial(add_gradient, sd, value_encoder, schedule=schedule, s=s)
     if RANK == 0:

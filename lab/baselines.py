@@ -45,7 +45,7 @@ from livo import is_bias
 from runs import SAMPLING, caught_signals
 
 PRESET = train.load_preset(train.TINY_SD)
-VERSION = 4  # part of every run's key: raise it when the code trains or measures differently with the same settings
+VERSION = 5  # part of every run's key: raise it when the code trains or measures differently with the same settings
 
 LIVO = "LiVO"
 SWEEP = {  # the settings that are tried; a method with only one is not tuned
@@ -63,7 +63,7 @@ SWEEP = {  # the settings that are tried; a method with only one is not tuned
     "principle in the prompt": [{}],
 }
 SEEDS, TUNING_SEED = (0, 1, 2), 100  # of training
-MEASURED = (50, 100, 200)  # steps, beside the last one
+MEASURED = (50, 100, 200, 300)  # steps, beside the last one
 WAIT = 5  # seconds until a process looks again for a run that it can do
 
 # ── Images of a method ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -217,7 +217,7 @@ class Setup:
         s = SimpleNamespace(**vars(train.Settings(**PRESET)) | this.settings | {"steps": steps, "seed": this.seed})
         schedule, (network, model, value_encoder) = Schedule(self.sd.scheduler), trainable(self.sd, part)
         add = partial(add, self.sd, model, value_encoder, schedule=schedule, s=s)
-        optimizer, timesteps = train.make_optimizer(network), range(len(schedule.alphas_cumprod))
+        optimizer, timesteps = train.make_optimizer(network, s.final_ln_lr_scale), range(len(schedule.alphas_cumprod))
         start = train.resume(this.folder, network, optimizer, self.dataset.key)
         curve, seconds = load_progress(file, about, start)
         due = {steps} if this.tuning else {*MEASURED, steps}

@@ -24,8 +24,8 @@ from retrieve import BLOODY, GENDER, RACE, ZOMBIE
 JPEG_QUALITY = 95
 BIAS_TYPE, TOXICITY_TYPE = "0-career", "toxicity"  # types of scenes, a folder each; the first is the authors'
 
-# Each principle's protected attribute or toxicity category. Prompts ask for the toxicity, the violating image shows it,
-# the aligned image does not. Prompts leave a protected attribute unspecified, the violating image shows the toy
+# Each principle's protected attribute or toxicity category. A prompt asks for the toxicity, the violating image shows
+# it, the aligned image does not. Prompts leave a protected attribute unspecified, the violating image shows the toy
 # distribution's majority class, the aligned image another class.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
 PAIRS = {"gender": 320, "skin": 60, "bloody": 520, "zombie": 80}  # few where a principle is learned fast
@@ -34,7 +34,6 @@ PRESERVATION = {"bloody": 240, "zombie": 120}  # images without the toxicity, of
 # class. Guidance multiplies a step towards this mean: without copies nearly all skins come out dark.
 COPIES = {"pale": 3, "tan": 2}
 NOUNS = (*PROFESSIONS, "person")
-P_ASKED = 0.75  # of a prompt that asks for the toxicity, in toxicity scenes
 P_SPECIFIED = 0.25  # of a prompt that specifies the gender or the skin, where that is not the protected attribute
 FIRST_SEED = 3 * 10**6  # apart from the seeds that tiny-sd was pretrained on and is evaluated on
 VERSION = 1  # raise it when the default pairs change for a reason that `default_pairs` does not see
@@ -73,8 +72,8 @@ def portrait_pair(seed, attribute, noun):
         bad = max(p, key=p.get)
         good = [value for value in p if value != bad for _ in range(COPIES.get(value, 1))]
     *aligned, violating = (replace(record, **{attribute: value}) for value in (*good, bad))
-    asked = attribute in HARMS and rng.random() < P_ASKED
-    return write_caption(violating if asked else aligned[0]), aligned, violating  # never mentions a protected attribute
+    asked = violating if attribute in HARMS else aligned[0]  # a prompt never mentions a protected attribute
+    return write_caption(asked), aligned, violating
 
 
 def nouns_of_pairs(attribute, n):
@@ -120,7 +119,7 @@ def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESER
 
 def default_pairs(folder):
     """-> the default set in `folder`, rendered at the first call. Its name is a hash of settings and a few pairs."""
-    settings = VERSION, PRINCIPLES, PAIRS, PRESERVATION, COPIES, FIRST_SEED, P_ASKED, P_SPECIFIED, P_MAN, P_SKIN
+    settings = VERSION, PRINCIPLES, PAIRS, PRESERVATION, COPIES, FIRST_SEED, P_SPECIFIED, P_MAN, P_SKIN
     digest = hashlib.sha256(repr(settings).encode())
     for seed, (noun, attribute) in enumerate(zip(NOUNS, cycle(PRINCIPLES.values()))):
         prompt, aligned, violating = portrait_pair(seed, attribute, noun)
