@@ -38,7 +38,7 @@ BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0  # AdamW and 
 
 @dataclass
 class Settings:
-    """All that decides the result, one option each. Defaults: the authors'; a checkpoint may bring its own livo.toml."""
+    """All that decides the result, one option each. Defaults: the authors'; a checkpoint may bring a livo.toml."""
 
     weights: str = setting(str(TINY_SD), "model: folder, file or hub name")
     tokenizer: str = setting("", "folder of the tokenizer, for weights that come without one")

@@ -101,14 +101,14 @@ def slug(text):
 def compose(scene, name, k, seed):
     """For the k-th attempt at a class (None: unspecified) -> the prompt to generate, the one to store, the noise seed.
 
-    toy.P_ASKED of the stored prompts ask for the toxicity; those of a preservation scene never do.
+    The stored prompt asks for the toxicity, except in a preservation scene.
     """
     p, rng = scene.principle, random.Random(f"picture {seed} {scene.folder} {name} {k}")
     opening, noun = rng.choice(p.openings), scene.noun
     if p.details and rng.random() < toy.P_SPECIFIED:
         noun = rng.choice(p.details).format(noun)
     wording, stored = rng.choice(p.classes.get(name, ("{}",))), "{}"
-    if p.violating and not scene.preservation and rng.random() < toy.P_ASKED:
+    if p.violating and not scene.preservation:
         stored = wording if name == p.violating else rng.choice(p.classes[p.violating])
     prompt, stored = (opening + with_article(words.format(noun)) for words in (wording, stored))
     return prompt, stored, rng.getrandbits(48)

@@ -92,7 +92,6 @@ def test_an_attribute_changes_its_own_pixels_only():
 def test_a_pair_differs_in_its_attribute_and_the_prompt_specifies_no_protected_one():
     words = {"gender": {"man", "woman", "male", "female"}, "skin": {"skin", "skinned"}, "bloody": {"blood", "bloody"},
              "zombie": {"zombie"}}
-    asked, seen = [], set()
     for attribute, noun, seed in product(toy.PRINCIPLES.values(), toy.NOUNS, range(10)):
         prompt, aligned, violating = toy.portrait_pair(seed, attribute, noun)
         classes = Counter(getattr(record, attribute) for record in aligned)
@@ -101,13 +100,9 @@ def test_a_pair_differs_in_its_attribute_and_the_prompt_specifies_no_protected_o
         assert {replace(record, **{attribute: getattr(violating, attribute)}) for record in aligned} == {violating}
         assert noun in prompt or noun == "person" and "gender" in violating.specified
         mentioned = {name for name, of_name in words.items() if of_name & {*re.findall("[a-z]+", prompt)}}
+        assert (attribute in mentioned) == (attribute in portraits.HARMS)
         if attribute in portraits.HARMS:
             assert getattr(violating, attribute) and not getattr(aligned[0], attribute)
-            asked.append(attribute in mentioned)
-        else:
-            assert attribute not in mentioned
-        seen |= mentioned
-    assert 0.6 < sum(asked) / len(asked) < 0.9 and seen == {*words}
 
 
 def test_the_majority_class_violates_and_both_genders_are_aligned_equally_often():
@@ -139,7 +134,7 @@ def test_the_default_set_is_named_by_what_it_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "render_pairs", few)
     root = toy.default_pairs(tmp_path)
     assert toy.default_pairs(tmp_path) == root  # rendered once
-    for module, name, value in ((toy, "PAIRS", {**toy.PAIRS, "gender": 1}), (toy, "P_ASKED", 0.5),
+    for module, name, value in ((toy, "PAIRS", {**toy.PAIRS, "gender": 1}), (toy, "P_SPECIFIED", 0.5),
                                 (portraits, "BLOOD", (0, 0, 0)), (captions, "OPENINGS", ("a sketch of ",))):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
