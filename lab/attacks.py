@@ -164,6 +164,7 @@ def main(argv=None):
     if args.before:
         try:
             before = runpy.run_path(str(regular(args.before, "a retriever's Python file")))["retrieve"]
+            assert isinstance(before(""), list), "no list of principles"
         except Exception as error:  # whatever the file raises
             raise UserError(f"--before {args.before}: expected a function retrieve, got {error!r}") from error
         retrievers["retriever before"] = cache(before)

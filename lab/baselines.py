@@ -24,19 +24,19 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from tqdm import tqdm
 
 import train
 import weights
-from common import Parser, UserError, atomic, check_writable, number, read_json, regular, run, write_json
+from common import Parser, UserError, atomic, check_writable, number, read_json, run, write_json
 from data import PreferenceDataset
 from diffusion import Schedule
 from formats.disk import locked
+from formats.files import unpickle
 from lab import evaluate, portraits, toy, uce
 from lab.classifier import digest, load_classifier
-from lab.comparison import (BASE, NUMBERS, REPORT, TUNING, aims, is_point, measure, rank, seconds_added,
-                            tables)
+from lab.comparison import (BASE, MOST, NUMBERS, REPORT, TUNING, aims, is_result, mean_curve, measure,
+                            rank, seconds_added, tables)
 from lab.damage import load_detector
 from lab.evaluate import fingerprint, generated, kept, negative_prompt, principle_in_prompt
 from lab.finetuning import TRAINED, trainable
@@ -128,8 +128,8 @@ def plan(out, methods=tuple(SWEEP), seeds=SEEDS):
 def load_curve(file, about=None, fewest=1):
     """-> the content of a run's file, {"about", "curve", …}. Raises UserError for one about something else."""
     found = read_json(file, about=dict, curve=list)
-    if len(found["curve"]) < fewest or not all(map(is_point, found["curve"])):
-        raise UserError(f"{file}: expected points with {', '.join(NUMBERS)}, got others")
+    if len(found["curve"]) < fewest or not is_result(found):
+        raise UserError(f"{file}: expected settings, and points with {', '.join(NUMBERS)}, got others")
     if about and any(found["about"].get(key) != value for key, value in about.items()):
         raise UserError(f"{file}: expected a run of {about}, got one of {found['about']}; choose another --out")
     return found
@@ -140,6 +140,8 @@ def load_progress(file, about, start):
     if not start:
         return [], 0.0
     found = load_curve(file, about, fewest=0)
+    if not found.keys() >= {"seconds", "step"} or found["step"] < start:
+        raise UserError(f"{file}: expected a curve up to step {start}, got a shorter one")
     # The file is written before the checkpoint, so it may be ahead of it.
     return [point for point in found["curve"] if point["step"] <= start], found["seconds"] * start / found["step"]
 
@@ -275,7 +277,8 @@ def collect(out):
             continue
         entry = results["methods"].setdefault(this.method, {"settings": found["about"]["settings"], "curves": []})
         entry["curves"].append(found["curve"])
-        entry |= {key: found[key] for key in ("parameters", "seconds added") if key in found}
+        entry |= {"parameters": 0} | {key: found[key] for key in ("parameters", "seconds added") if key in found}
+        mean_curve(entry["curves"])  # raises here, before anything is written
     return results
 
 
@@ -287,8 +290,11 @@ def finished(out, sd):
             continue
         if this.method in TRAINED:
             network, model, value_encoder = trainable(sd, TRAINED[this.method].part)
-            file = regular(this.folder / "checkpoint.pt", "a checkpoint", float("inf"))
-            network.load_state_dict(torch.load(file, weights_only=True)["value_encoder"])
+            file = this.folder / "checkpoint.pt"
+            try:
+                network.load_state_dict(unpickle(file)["value_encoder"])
+            except Exception as error:  # a damaged file can raise anything
+                raise UserError(f"{file}: expected a checkpoint of {this.method}, got {error!r}") from error
             found[this.method] = images_of_model(model, value_encoder)
         else:
             found[this.method] = untrained(sd, this.method, load_curve(this.file)["about"]["settings"], base)
@@ -321,12 +327,13 @@ def write_results(out, file):
     """Write the JSON file, with the tables and the plots beside it."""
     from lab import plots  # it imports matplotlib
     results = collect(out)
+    text = tables(results)
     save(file, results)
     with atomic(file.with_suffix(".md")) as path:
-        path.write_text(tables(results), encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     for name, plot in ("convergence", plots.convergence), ("tradeoff", plots.tradeoff):
         plots.save(plot(results), file.with_name(f"{name}.png"))
-    print(tables(results))
+    print(text)
     print(f"{file}, {file.stem}.md, convergence.png and tradeoff.png beside it")
 
 
@@ -337,7 +344,7 @@ def parse_args(argv):
     add("--seeds", nargs="+", type=number(int, 0, 99), default=[*SEEDS], help="training seeds")
     add("--steps", type=steps, default=400, help="optimizer steps of a run")
     add("--tune-steps", type=steps, default=100, help="optimizer steps of a tuning run")
-    add("--per-prompt", type=number(int, 2, 10_000), default=8, help="measured images per prompt")
+    add("--per-prompt", type=number(int, 2, MOST), default=8, help="measured images per prompt")
     add("--weights", default=train.Settings.weights, help="model of the toy dataset")
     add("--data", help="folder of preference data (default: rendered portraits)")
     add("--out", type=Path, default=Path("runs/baselines"), help="folder of the runs")

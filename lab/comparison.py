@@ -12,6 +12,7 @@ from collections import namedtuple
 
 import numpy as np
 
+from common import UserError
 from lab import toy
 from lab.captions import with_article
 from lab.classifier import ATTRIBUTES
@@ -115,14 +116,18 @@ def harm(point, base, groups=GROUPS):
     return float(np.mean([100 * point[name] / base[name] for name in names] or [0.0]))
 
 
-LARGEST = 1e12  # of a point's numbers
+LARGEST, MOST = 1e12, 10_000  # of a point's numbers; images per prompt
 
 
-def is_point(x):
-    """A point as `measure` makes it? A damaged file may hold anything."""
+def is_result(x):
+    """The content of a run's file, as baselines.py makes it? A damaged file may hold anything."""
     try:
-        intervals = [value for low, high in x["intervals"].values() for value in (low, high)]
-        return all(abs(value) < LARGEST for value in (*intervals, *(x[name] for name in ("step", "seconds", *NUMBERS))))
+        numbers = [x.get(name, 0) for name in ("parameters", "seconds added", "step", "seconds")]
+        for point in x["curve"]:
+            numbers += [point[name] for name in ("step", "seconds", *NUMBERS)]
+            numbers += [value for low, high in point["intervals"].values() for value in (low, high)]
+        n, settings = x["about"]["per_prompt"], x["about"]["settings"]
+        return type(n) is int and 2 <= n <= MOST and type(settings) is dict and all(abs(x) < LARGEST for x in numbers)
     except (TypeError, ValueError, KeyError, AttributeError):
         return False
 
@@ -140,6 +145,8 @@ def rank(method, point, base):
 def mean_curve(curves):
     """The mean over training seeds, at the steps at which all were measured."""
     by_step = [{point["step"]: point for point in curve} for curve in curves]
+    if not set.intersection(*map(set, by_step)):
+        raise UserError(f"expected training seeds that were measured at equal steps, got {[*map(list, by_step)]}")
     return [{name: float(np.mean([points[step][name] for points in by_step])) for name in ("step", "seconds", *NUMBERS)}
             for step in by_step[0] if all(step in points for points in by_step)]
 
