@@ -38,20 +38,21 @@ def run(main):
 
     Errors and warnings are one line each.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    from formats.messages import explain, tell
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
-    warnings.showwarning = lambda text, *_: print("warning:", one_line(text), file=sys.stderr)
+    warnings.showwarning = lambda text, *_: tell("warning:", one_line(text))
     try:
         main()
         print(end="", flush=True)  # here, where a closed pipe or a full disk can still be told
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         sys.exit(130)
     except Exception as error:
-        from formats.messages import explain
         if not (text := explain(error)):
             raise
-        print("error:", one_line(text), file=sys.stderr)
+        tell("error:", one_line(text))
         if isinstance(error, OSError) and not error.filename:
             sys.stdout = open(os.devnull, "w")  # Python flushes it again when it exits
         sys.exit(2)

@@ -67,7 +67,7 @@ def read_sample(line, scene, root, where):
     if type(entry["label"]) is not int:  # isinstance would take True
         raise ValueError(f"expected an integer as label, got {entry['label']!r}")
     path = (scene / entry["file_name"]).resolve()
-    if not path.is_relative_to(root.resolve()):
+    if not all(place.is_relative_to(root.resolve()) for place in (path, scene.resolve())):
         raise ValueError(f"{entry['file_name']} leaves the dataset folder")
     if not path.is_file():
         raise ValueError(f"there is no file {entry['file_name']}")

@@ -57,10 +57,8 @@ def load_value_encoder(source, weights_source, sd):
     Raises UserError for one that does not fit the model.
     """
     from formats.checks import check_value_encoder  # here, so that importing the core loads nothing of formats/
-    if source is None:
-        source = Path(weights_source).expanduser() / "value_encoder"
-        if not source.is_dir():
-            return None
+    if source is None and (source := weights.local(Path(weights_source) / "value_encoder")) is None:
+        return None
     device = next(sd.unet.parameters()).device
     value_encoder = weights.load_text_encoder(source, network=ValueEncoder, device=device)
     check_value_encoder(value_encoder.config, sd, source)

@@ -6,7 +6,6 @@ None of it is the method. A checkpoint needs no random state: data and noise of 
 import atexit
 import contextlib
 import json
-import math
 import os
 import random
 import signal
@@ -23,12 +22,13 @@ import torch.distributed as dist
 from common import UserError, atomic, check_writable, number, read_json, regular, write_json
 from livo import aligned_hinge, livo_loss, violating_hinge
 from retrieve import retrieve
-from sample import captioned, generate
+from sample import MAX_PRINCIPLES, captioned, generate
 
 TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
-RANK, WORLD = (int(text) if (text := os.environ.get(name, "")).isdecimal() else default  # set by torchrun
+RANK, WORLD = (int(text) if (text := os.environ.get(name, "")[:9]).isdecimal() else default  # set by torchrun
                for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 ADAM = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's state of a parameter
+HINGES = "active_w", "active_l", "delta_w", "delta_l", "ref"  # of a line of the log
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of sample sheets and the last table
 
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,7 +71,7 @@ def parse_settings(parser, cls, argv):
         check_new(folder)
         values = load_preset(args.weights)
     try:  # as if they had been typed before the others: checked alike, and overruled by them
-        if folders := values.keys() & {"out", "resume"}:
+        if folders := [name for name in values if "out".startswith(name) or "resume".startswith(name)]:  # or shortened
             raise UserError(f"expected no folder of a run, got {', '.join(folders)}")
         typed = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value != ""]
         args = parser.parse_args([*typed, *argv])
@@ -99,7 +99,7 @@ def parse_margins(text):
     try:
         rows = [row.split(":") for row in text.split(";") if row.strip()]
         found = {principle.strip(): tuple(map(float, numbers.split())) for principle, numbers in rows}
-        if all(len(pair) == 2 and all(0 <= x < math.inf for x in pair) for pair in found.values()):
+        if all(len(pair) == 2 and all(0 <= x <= 1e9 for x in pair) for pair in found.values()):
             return found
     except ValueError:
         pass
@@ -124,16 +124,17 @@ def resume(folder, value_encoder, optimizer, data_key):
 
     Raises UserError if it is damaged, or of other data or weights.
     """
+    from formats.files import check_tensors, unpickle  # here, so that importing the core loads nothing of formats/
     file = folder / "checkpoint.pt"
     if not os.path.lexists(file):
         return 0
     try:
-        state = torch.load(regular(file, "a checkpoint", float("inf")), map_location="cpu", weights_only=True)
+        state = unpickle(file)
         value_encoder.load_state_dict(state["value_encoder"])
         optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         step, before = state["step"], state["data"]
         fits = all(moments.keys() == ADAM and moments["step"] == step
-                   and all(x.shape in ((), p.shape) and not x.is_sparse for x in moments.values())
+                   and all(x.shape in ((), p.shape) for x in check_tensors(moments, file).values())
                    for p, moments in optimizer.state.items())
         if not (fits and type(step) is int and step >= 0):
             raise ValueError("no number of steps, or moments of other shapes")
@@ -167,7 +168,7 @@ class Log:
             text = regular(path, "a log").read_text(encoding="utf-8") if os.path.lexists(path) else ""
             lines = text.splitlines()[:steps]
             self.lines = [json.loads(line) for line in lines]
-            numbers = [line["step"] for line in self.lines]
+            numbers = [line["step"] for line in self.lines if {type(line[key]) for key in HINGES} == {float}]
             if os.path.lexists(path) and (len(lines) < steps or numbers != [*range(steps)]):  # steps may be 10^12
                 raise ValueError(f"{len(lines)} lines, or others")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -191,7 +192,7 @@ def warn_if_saturated(lines, s, every=50):
     if len(lines) % every:
         return
     lines = lines[-every:]
-    mean = {key: sum(line[key] for line in lines) / len(lines) for key in lines[0]}
+    mean = {key: sum(line[key] for line in lines) / len(lines) for key in HINGES}
     delta = max(abs(mean["delta_w"]), abs(mean["delta_l"]))
     if s.alpha and s.beta and max(mean["active_w"], mean["active_l"]) < 0.2 and delta < 0.05 * mean["ref"]:
         warnings.warn("most hinges are saturated, yet the errors have changed by less than 5 %: the margins "
@@ -205,7 +206,7 @@ def save_samples(sd, value_encoder, dataset, path, n=6):
     prompts, rows = {}, []
     for sample, _ in dataset.aligned:
         prompts.setdefault(sample.value, []).append(sample.prompt)
-    for principle, choices in prompts.items():
+    for principle, choices in [*prompts.items()][:MAX_PRINCIPLES]:
         apt = [prompt for prompt in choices if principle in retrieve(prompt)]
         prompt = random.Random(principle).choice(apt or choices)
         for caption, principles in ("without a principle", []), (f"{principle}: {prompt}", [principle]):

@@ -28,6 +28,7 @@ FIXED = {UNet: dict(
 )}
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "DownEncoderBlock2D",
                "UpDecoderBlock2D")
+MAX_SIZE = 2048  # height and width of an image in pixels, which only a damaged config exceeds
 MID_BLOCK_TYPES = ("UNetMidBlock2DCrossAttn", None)
 PREDICTIONS = ("epsilon", "v_prediction")
 SCHEDULER = {  # options of scheduler_config.json and the values that diffusion.py supports
@@ -157,6 +158,8 @@ def check_fit(sub_models, tokenizer, prediction_type, source):
     ]:
         if got != expected:
             raise UserError(f"{source}: expected {expected} {what}, got {got}")
+    if (size := unet.sample_size * vae.factor) > MAX_SIZE:
+        raise UserError(f"{source}: expected images of at most {MAX_SIZE} pixels, got {size}")
     if prediction_type not in (None, *PREDICTIONS):
         raise UserError(f"{source}: expected prediction_type {' or '.join(PREDICTIONS)}, got {prediction_type}")
     fit_to_tokenizer(text, tokenizer, source)

@@ -1,12 +1,13 @@
 """Weight files beside a single plain one: shards, variants, .bin pickles, and parameter names of older versions."""
 
+import math
 import re
 import warnings
 import zipfile
 
 import torch
 
-from common import UserError
+from common import UserError, regular
 from vae import VAE
 
 WEIGHT_FILE = re.compile(  # with the two places that versions of diffusers gave a shard's variant
@@ -46,15 +47,20 @@ class ModelCheckpoint:
     """Stands for pytorch_lightning's class of this name, which SD 1.x's .ckpt files mention. Does nothing."""
 
 
-def read_pickle(path):
-    """A .ckpt or .bin file -> {name: memory-mapped tensor}. No code in the file is executed."""
+def unpickle(path, mmap=False):
+    """The content of a file of torch. No code in it is executed, and it takes no more memory than its size."""
     stub = (ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+    # Files from before torch 1.6 are no zip archives and cannot be mapped.
+    if zipped := zipfile.is_zipfile(regular(path, "a file of torch", math.inf)):
+        check_archive(path)
+    with torch.serialization.safe_globals([stub]), warnings.catch_warnings(action="ignore"):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+
+
+def read_pickle(path):
+    """A .ckpt or .bin file -> {name: memory-mapped tensor}."""
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        if zipped := zipfile.is_zipfile(path):
-            check_archive(path)
-        with torch.serialization.safe_globals([stub]), warnings.catch_warnings(action="ignore"):
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        tensors = unpickle(path, mmap=True)
         for _ in range(MAX_NESTING):  # twice in some files; a hostile one may hold itself
             tensors = tensors.get("state_dict", tensors)
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
@@ -76,7 +82,8 @@ def check_tensors(tensors, path):
     """Return {name: tensor}. Raise UserError unless the names are texts and the tensors plain numbers in memory."""
     for name, tensor in tensors.items():
         kind = ("without data" if tensor.is_meta else "quantized" if tensor.is_quantized else
-                "" if tensor.layout == torch.strided else f"of layout {tensor.layout}")
+                f"of layout {tensor.layout}" if tensor.layout != torch.strided else
+                "of repeated numbers" if tensor.nbytes > tensor.untyped_storage().nbytes() else "")
         if kind or not isinstance(name, str):
             raise UserError(f"{path}: expected dense tensors with names, got one named {name!r:.80} {kind}")
     return tensors

@@ -25,7 +25,10 @@ def fetch(source, choose, markers):
     """A hub name -> the Path of its folder in the cache, up to date if the hub can be reached. Raises UserError."""
     if not HUB_NAME.fullmatch(source) or ".." in re.split("[/:]", source) or source.endswith(FILE_SUFFIXES):
         raise UserError(f"{source}: expected a file, a folder or a hub name (owner/name), got nothing there")
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache  # slow to import
+    try:
+        from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache  # slow to import
+    except ValueError as error:  # of a variable such as HF_HUB_DOWNLOAD_TIMEOUT
+        raise UserError(f"huggingface_hub: expected variables that it understands, got {error}") from error
 
     repository, _, folder = source.partition(":")
     prefix = folder.strip("/") + "/" if folder else ""

@@ -1,6 +1,8 @@
 """Messages of argparse and of the system in the form of this repository: `what: expected …, got …`."""
 
+import os
 import re
+import sys
 from errno import EDQUOT, EFBIG, EIO, ENOMEM, ENOSPC, EPIPE
 
 import torch
@@ -25,6 +27,14 @@ ARGPARSE = {
 
 
 SYSTEM = EPIPE, ENOSPC, EDQUOT, EFBIG, EIO, ENOMEM  # errors that name no file
+
+
+def tell(*words):
+    """Print a line on stderr, unless that is a closed pipe or full: the exit code tells it too."""
+    try:
+        print(*words, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # Python flushes the other again when it exits
 
 
 def of_argparse(message):

@@ -40,6 +40,8 @@ def read_vocabulary(folder):
         raise UserError(f"{folder}: expected merges of byte pairs in merges.txt or tokenizer.json, got none")
     if missing := set(special.values()) - set(vocab):
         raise UserError(f"{folder}: expected {', '.join(map(str, missing))} in the vocabulary, got none")
+    if special["bos_token"] == special["eos_token"]:  # the value token would be read at the start of every text
+        raise UserError(f"{folder}: expected other texts as bos_token and eos_token, got {special['eos_token']} twice")
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise UserError(f"{folder}: expected the ids 0 to {len(vocab) - 1} once each, got others")
     length = config.get("model_max_length")

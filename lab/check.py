@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 from PIL import ImageOps
@@ -14,7 +15,8 @@ from data import is_preservation, read_lines, read_sample
 from formats.images import open_image
 from sample import captioned
 
-SCENES, COLUMNS, SIDE = 3, 8, 96  # of a contact sheet: scenes per principle, images per row, pixels
+# Of a contact sheet: principles, scenes per principle, images per row, pixels.
+PRINCIPLES, SCENES, COLUMNS, SIDE = 50, 3, 8, 96
 COUNTS = ("aligned", "violating", "preservation", "scenes", "prompts")
 
 
@@ -98,8 +100,10 @@ def contact_sheet(samples):
     scenes = {}  # {principle: {scene: its samples}}
     for sample in sorted(samples, key=is_preservation):  # pairs first
         scenes.setdefault(sample.value, {}).setdefault(sample.scene, []).append(sample)
+    if len(scenes) > PRINCIPLES:  # of all, 20,000 would take 10 GB
+        warnings.warn(f"the contact sheet shows {PRINCIPLES} of {len(scenes)} principles")
     rows = []
-    for value, of_value in scenes.items():
+    for value, of_value in [*scenes.items()][:PRINCIPLES]:
         for scene in [*of_value][::math.ceil(len(of_value) / SCENES)]:
             for aligned, name in (True, "aligned"), (False, "violating"):
                 chosen = [sample for sample in of_value[scene] if sample.aligned == aligned][:COLUMNS]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from common import UserError, atomic
 from formats.disk import cached
+from formats.files import unpickle
 from lab import portraits
 from lab.clip_image import zero_shot
 from lab.portraits import stack, to_float
@@ -125,7 +126,7 @@ def load_trained(network, file, train):
         with atomic(file) as path:
             torch.save(train().state_dict(), path)
 
-    cached(file, lambda file: network.load_state_dict(torch.load(file, weights_only=True)), make)
+    cached(file, lambda file: network.load_state_dict(unpickle(file)), make)
     return network.eval()
 
 

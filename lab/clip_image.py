@@ -153,10 +153,11 @@ def read_preprocessor(path, size):
     }
     wrong = [f"{key} {values[-1]}, got {config[key]}" for key, values in accepted.items()
              if key in config and config[key] not in values]
-    for key in ("image_mean", "image_std"):
+    for key, low in ("image_mean", 0), ("image_std", 1e-3):
         values = config.get(key)
-        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(x, float | int) for x in values):
-            wrong.append(f"{key} of three numbers, got {values}")
+        if not isinstance(values, list) or len(values) != 3 or not all(
+                isinstance(x, float | int) and low <= x <= 10 for x in values):
+            wrong.append(f"{key} of three numbers from {low} to 10, got {values}")
     if wrong:
         raise UserError(f"{path}: expected {'; '.join(wrong)}")
     return Preprocessor(size, config["image_mean"], config["image_std"])

@@ -277,7 +277,8 @@ def finish(out, settings, scenes):
     principles = {}
     for scene in scenes:
         fact, sums = facts[scene.folder], principles.setdefault(scene.principle.value, Counter())
-        if not all(isinstance(n, int) for n in (*fact["tried"].values(), *fact["kept"].values())):
+        numbers = fact["images"], *fact["tried"].values(), *fact["kept"].values()
+        if not all(isinstance(n, int) and 0 <= n < 10**9 for n in numbers) or not any(fact["tried"].values()):
             raise UserError(f"{out / scene.folder}: expected numbers as tried and kept in scene.json, got others")
         del fact["files"]
         sums.update(scenes=1, given_up=not fact["images"], pairs=0 if scene.preservation else fact["images"] // 2,
@@ -290,10 +291,10 @@ def finish(out, settings, scenes):
     if not any(sums["pairs"] + sums["preservation"] for sums in principles.values()):
         raise UserError(f"{out}: expected images that show what was asked for, got none: {', '.join(principles)}")
     samples, _ = data.read_samples(out)
-    for value, sums in principles.items():
-        if sums["pairs"] + sums["preservation"]:
+    for value in principles:
+        if of_value := [sample for sample in samples if sample.value == value]:
             with atomic(out / f"{slug(value)}.png") as temporary:
-                contact_sheet([sample for sample in samples if sample.value == value]).save(temporary)
+                contact_sheet(of_value).save(temporary)
     with atomic(out / "dataset.json") as temporary:
         write_json(temporary, {"settings": settings, "principles": principles, "scenes": facts})
 
@@ -361,7 +362,7 @@ def read_concepts(path):
         raise UserError(f"--prompts {path}: expected a text file in UTF-8, got: {error}") from error
     concepts = [re.sub(r"^(an?|the) ", "", line.strip(), flags=re.IGNORECASE) for line in lines if line.strip()]
     for concept in concepts:
-        if not slug(concept) or len(concept) > 60:  # it names a folder
+        if not slug(concept) or len(concept) > 60 or len(concept.encode()) > 180:  # it names a folder
             raise UserError(f"--prompts {path}: expected concepts of 1 to 60 letters, got {concept[:80]!r}")
     if not concepts:
         raise UserError(f"--prompts {path}: expected a concept a line, got an empty file")

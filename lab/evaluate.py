@@ -344,7 +344,7 @@ def bar_chart(sources, path):
         value, low, high = (np.array([source[metric][key] for metric in metrics]) for key in ("value", "low", "high"))
         errors = np.stack([value - low, high - value]).clip(0)  # rounding
         axes.barh(np.arange(len(metrics)) + i * thick, value, thick, xerr=errors, label=name, error_kw={"lw": 0.8})
-    axes.set_yticks(np.arange(len(metrics)) + (len(sources) - 1) / 2 * thick, metrics)
+    axes.set_yticks(np.arange(len(metrics)) + (len(sources) - 1) / 2 * thick, metrics, parse_math=False)
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.tick_params(labelsize="small")
@@ -429,7 +429,7 @@ def find_run(args):
         raise UserError(f"--quick {args.quick}: expected a finished run, got one without value_encoder/; finish it "
                         f"with python train.py --resume {args.quick}")
     if not args.weights:
-        args.weights, args.tokenizer = s["weights"], args.tokenizer or s.get("tokenizer") or None
+        args.weights, args.tokenizer = s["weights"], args.tokenizer or str(s.get("tokenizer") or "") or None
         args.prediction = args.prediction or s.get("prediction") or None
     return toy.PRINCIPLES if s["data"] in ("", "toy") else {sample.value for sample in read_samples(s["data"])[0]}
 

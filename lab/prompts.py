@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass, replace
 
 from common import UserError, regular
+from data import MAX_LENGTH
 from lab import portraits
 from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES
@@ -72,12 +73,13 @@ def read_prompts(path, choices):
         try:
             entry = json.loads(line)
             text, value = entry["prompt"], entry.get("value")
-            (text + (value or "")).encode()  # half of a surrogate pair is a ValueError
+            if len((text + (value or "")).encode()) > MAX_LENGTH:  # half of a surrogate pair is a ValueError
+                raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):  # the last: JSON that is nested too deep
             text = value = None
         if not isinstance(text, str) or not isinstance(value, str | None):
-            raise UserError(f'{path}:{i}: expected {{"prompt": "…"}}, maybe with a "value": "…", got '
-                            f"{line[:80].decode(errors='replace')}")
+            raise UserError(f'{path}:{i}: expected {{"prompt": "…"}}, maybe with a "value": "…", of at most '
+                            f"{MAX_LENGTH} bytes, got {line[:80].decode(errors='replace')}")
         if choices or value is None:
             principles = choose_principles(choices or ["auto"], text)
         else:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import data
 import latents
@@ -28,18 +30,20 @@ import runs
 import sample
 import train
 import weights
-from common import run
+from clip_text import EOS
+from common import UserError, run
 from conftest import FORK, REPOSITORY, StubClassifier, edit_json
-from lab import baselines, dataset, evaluate, plots, toy
+from lab import attacks, baselines, dataset, evaluate, plots, toy
 from lab.prompts import FilePrompt
 
 COMMANDS = {  # a command and the options with which it works; OUT is where it would write
     "sample": (sample.main, "--weights model --prompt a --steps 1 --principle none --out OUT"),
+    "principle": (sample.main, "--weights model --prompt a --steps 1 --principle x --out OUT"),
     "livo": (sample.main, "--weights model --value-encoder run/value_encoder --prompt a --steps 1 --principle x "
              "--out OUT"),
     "train": (train.main, "--weights model --data data --steps 1 --batch 2 --micro-batch 2 --out OUT/run"),
     "resume": (train.main, "--resume run --steps 3"),
-    "evaluate": (evaluate.main, "--weights model --quick run"),
+    "evaluate": (evaluate.main, "--weights model --quick run"), "quick": (evaluate.main, "--quick run"),
     "sheet": (evaluate.main, "--weights model --steps 1 --side-by-side OUT/sheet.png"),
     "build": (dataset.main, "build --weights model --out OUT --per-prompt 1 --steps 1"),
     "check": (dataset.main, "check data"), "show": (dataset.main, "show data --out OUT/sheet.png"),
@@ -47,6 +51,8 @@ COMMANDS = {  # a command and the options with which it works; OUT is where it w
     "plot": (plots.main, "run"),
     "list": (baselines.main, "--weights model --list --out run"),
     "collect": (baselines.main, "--out base --collect OUT/results.json"),
+    "attacks": (attacks.main, "--weights model --value-encoder run/value_encoder --out OUT/attacks.json"),
+    "clip": (evaluate.main, f"--weights model --clip {REPOSITORY / 'tiny-clip'} --prompts p.jsonl --out OUT"),
 }
 SECONDS = 60  # of a row at most
 ERROR, RESULT = "error", "result"
@@ -124,15 +130,16 @@ def tensors(edit, file="model/unet/diffusion_pytorch_model.safetensors"):
     return saved(str(Path(file).with_suffix(".bin")), state)
 
 
-def inflating(folder):
+def inflating(file):
     """An archive of 10 kB whose data.pkl takes 10 MB."""
-    path = folder / "model/unet/diffusion_pytorch_model.bin"
-    saved("model/unet/diffusion_pytorch_model.bin", {})(folder)
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in members.items():
-            archive.writestr(name, bytes(10**7) if name.endswith("data.pkl") else data)
+    def change(folder):
+        saved(file, {})(folder)
+        with zipfile.ZipFile(folder / file) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(folder / file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in members.items():
+                archive.writestr(name, bytes(10**7) if name.endswith("data.pkl") else data)
+    return change
 
 
 def cyclic():
@@ -201,7 +208,7 @@ WORDS = {  # command: options that are refused
         "--unpadded --principle=" + " --principle=".join(f"p{i}" for i in range(77))],
     "train": ["--data nowhere", "--data model", "--data run/log.jsonl", "--init nowhere", "--resume run", "--out data",
               "--dtype x", "--weights nowhere", "--unknown 1", "--tokenizer data", "--margins x", "--margins=a:1",
-              "--margins=a:1\u00a0nan", "--bias-gamma-scale 1"],
+              "--margins=a:1\u00a0nan", "--margins=a:1\u00a01e39", "--bias-gamma-scale 1"],
     "resume": ["--data model", "--out x", "--weights data", "--resume nowhere", "--resume data"],
     "evaluate": ["--quick nowhere", "--quick data", "--clip model", "--clip nowhere --quick run",
                  "--value-encoder run", "--weights data", "--prompts x", "--principle x"],
@@ -235,20 +242,21 @@ FIELDS = {  # file: {key: values}
         "num_train_timesteps": (0, -1, 10**9, "x", 1.5), "prediction_type": ("x", []), "timestep_spacing": ("x", []),
         "trained_betas": ([0.1],)},
     "model/tokenizer/tokenizer_config.json": {
-        "model_max_length": (78, 10**9), "bos_token": ("missing", 3, {"content": None}),
+        "model_max_length": (78, 10**9), "bos_token": ("missing", 3, {"content": None}, EOS),
         "added_tokens_decoder": (3, {"x": {}}, {"1": 3})},
 }
 SETTINGS = {"steps": ("x", -1, 1e400), "lr": ("x", -1), "batch": (0, 10**9), "weights": ("nowhere", 3),
             "data": ("nowhere", ""), "snr_gamma": (-1,), "unknown": (1,), "out": ("run",), "beta": (float("inf"), [1])}
 UNET_BIN = "model/unet/diffusion_pytorch_model.bin"
 PICKLES = {
-    "cyclic": saved(UNET_BIN, cyclic()), "inflating": inflating, "list": saved(UNET_BIN, [1]),
+    "cyclic": saved(UNET_BIN, cyclic()), "inflating": inflating(UNET_BIN), "list": saved(UNET_BIN, [1]),
     "none": saved(UNET_BIN, None), "tensor": saved(UNET_BIN, torch.ones(3)), "no tensors": saved(UNET_BIN, {"a": 1}),
     "numbers as names": tensors(lambda state, name: state.update({1: state.pop(name)})),
     "no name": tensors(lambda state, name: state.update({None: state.pop(name)})),
     "without data": tensors(lambda state, name: state.update({name: state[name].to("meta")})),
     "quantized": tensors(quantized),
     "sparse": tensors(lambda state, name: state.update({name: state[name].to_sparse()})),
+    "repeated": tensors(lambda state, name: state.update({name: torch.zeros(1).expand(state[name].shape)})),
     "scalar": tensors(lambda state, name: state.update({name: torch.tensor(1.0)})),
     "one dimension": tensors(lambda state, name: state.update({name: state[name].flatten()})),
     "integers": tensors(lambda state, name: state.update({name: state[name].int()})),
@@ -264,17 +272,24 @@ VALUES = {"label": ("1", True, None, 1.0, [1]), "prompt": ("", 3, None, "x" * 10
           "file_name": ("../../../secret.png", "/etc/hostname", "none.png", "", 3, LONG, "\0", ".")}
 
 
-POINT = dict.fromkeys(baselines.NUMBERS, 1) | {"intervals": dict.fromkeys(baselines.NUMBERS, [1, 2])}
-LOG = "step", "loss", "active_w", "active_l", "delta_w", "delta_l"
-RUN = {"about": {"per_prompt": 8}, "curve": [POINT]}
+POINT = dict.fromkeys(("step", "seconds", *baselines.NUMBERS), 1) | {
+    "intervals": dict.fromkeys(baselines.NUMBERS, [1, 2])}
+LOG = "step", "loss", "active_w", "active_l", "delta_w", "delta_l", "ref"
+RUN = {"about": {"per_prompt": 8, "settings": {}}, "curve": [POINT]}
 CONTENTS = {  # (command, file): objects
     ("plot", "run/log.jsonl"): (dict.fromkeys(LOG, 10**400), dict.fromkeys(LOG, -1e308), dict.fromkeys(LOG, [1])),
+    ("resume", "run/log.jsonl"): tuple(
+        "".join(json.dumps({"step": step} | line) + "\n" for step in range(2))
+        for line in ({}, dict.fromkeys(LOG[1:], "x"), dict.fromkeys(LOG[1:5], 1.0))),
     ("collect", "base/base-model.json"): (
-        RUN | {"about": {"per_prompt": "x"}}, RUN | {"about": {"per_prompt": 10**9}},
-        RUN | {"curve": [POINT | {"intervals": {}}]}, RUN | {"curve": [POINT | {"distance": float("nan")}]}),
+        *(RUN | {"about": RUN["about"] | about} for about in (
+            {"per_prompt": "x"}, {"per_prompt": 10**9}, {"per_prompt": 1.5}, {"settings": [1]}, {"settings": None})),
+        *(RUN | {"curve": [POINT | point]} for point in (
+            {"intervals": {"damaged": [1]}}, {"damaged": float("nan")}, {"step": "1"}, {"seconds": None})),
+        RUN | {"parameters": "x"}, RUN | {"seconds added": [1]}, RUN | {"curve": []}),
     ("check", "data/dataset.json"): ({"scenes": {"a": 1}}, {"scenes": {"a": {}}}),
     ("sample", "model/tokenizer/tokenizer.json"): ({"model": {"vocab": {"a": 0}, "merges": ["a a"]}},),
-    ("train", "model/livo.toml"): ("resume = 'run'", "lr = [1]", "a = " + "[" * 10**5),
+    ("train", "model/livo.toml"): ("resume = 'run'", "resum = 'run'", "lr = [1]", "a = " + "[" * 10**5),
 }
 
 
@@ -289,11 +304,57 @@ def checkpoint(edit):
 CHECKPOINTS = {
     "of 10^12 steps": lambda state, moments: state.update(step=10**12),
     "without a moment": lambda state, moments: moments[0].pop("exp_avg"),
+    "with a repeated moment": lambda state, moments: moments[0].update(
+        exp_avg=torch.zeros(1).expand(moments[0]["exp_avg"].shape)),
     "with a sparse moment": lambda state, moments: moments[0].update(exp_avg=moments[0]["exp_avg"].to_sparse()),
     "of no steps": lambda state, moments: moments[0].update(step=torch.tensor(-1.0)),
     "with a text": lambda state, moments: moments[0].update(exp_avg="x"),
     "of another parameter": lambda state, moments: moments.update({10**6: moments[0]}),
 }
+
+
+def runs_of(*steps, **more):
+    """Finished runs of LiVO in base/, one for each training seed, measured at these steps."""
+    def change(folder):
+        for seed, step in enumerate(steps):
+            run = RUN | {"curve": [POINT | {"step": step}]}
+            content(f"base/LiVO-seed={seed}.json", json.dumps(run).encode())(folder)
+        return [word for option, value in more.items() for word in (f"--{option}", value)]
+    return both(content("base/base-model.json", json.dumps(RUN).encode()), change)
+
+
+def prompts(text):
+    return content("p.jsonl", json.dumps({"prompt": text}).encode())
+
+
+def linked_scene(folder):
+    """A scene that is a link to a folder outside, whose files have absolute names inside."""
+    scene, other = sorted(folder.glob("data/0-career/*"))[:2]
+    shutil.move(scene, folder / "outside")
+    scene.symlink_to(folder / "outside")
+    metadata(file_name=str(other / "0000.png"))(folder)
+
+
+OTHERS = [
+    ("a checkpoint, inflating", "resume", inflating("run/checkpoint.pt")),
+    ("images of 4096 pixels", "sample", both(config("model/unet/config.json", sample_size=256),
+                                             config("model/vae/config.json", block_out_channels=[8] * 5))),
+    ("a folder named ~model, without a value encoder", "principle", both(
+        lambda folder: os.rename(folder / "model", folder / "~model"), options("--weights", "~model"))),
+    ("a number as tokenizer", "quick", config("run/settings.json", tokenizer=3)),
+    *(("scene linked outside", command, linked_scene) for command in ("check", "train")),
+    ("seeds measured at other steps", "collect", runs_of(1, 2)),
+    ("a checkpoint of a baseline, missing", "attacks", runs_of(1, baselines="base")),
+    ("a checkpoint of a baseline, of another network", "attacks",
+     both(lambda folder: (folder / "base/LiVO-seed=0").mkdir(parents=True),
+          saved("base/LiVO-seed=0/checkpoint.pt", {"value_encoder": {}}), runs_of(1, baselines="base"))),
+    *((f"--before {code}", "attacks", both(content("before.py", code.encode()), options("--before", "before.py")))
+      for code in ("1 / 0", "retrieve = 1", "retrieve = len", "retrieve = int")),
+    ("a prompt of 1 MB", "clip", prompts("x " * 500_000)),
+    ("a deviation of 0", "clip", both(
+        prompts("a"), lambda folder: shutil.copytree(REPOSITORY / "tiny-clip", folder / "clip") and None,
+        config("clip/preprocessor_config.json", image_std=[0, 1, 1]), options("--clip", "clip"))),
+]
 
 
 def refused():
@@ -315,6 +376,7 @@ def refused():
     yield from ((f"a pickle, {kind}", "sample", change) for kind, change in PICKLES.items())
     yield from damaged_files()
     yield from ((f"a checkpoint {kind}", "resume", checkpoint(edit)) for kind, edit in CHECKPOINTS.items())
+    yield from OTHERS
     yield from ((f"{file} {i}", command, content(file, (x if isinstance(x, str) else json.dumps(x)).encode()))
                 for (command, file), objects in CONTENTS.items() for i, x in enumerate(objects))
     for command in "check", "train":
@@ -404,6 +466,7 @@ ENVIRONMENTS = [*({name: value} for name, value in TORCHRUN.items()), *(TORCHRUN
 def test_wrong_variables_of_torchrun(environment, work, monkeypatch, capfd):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    runpy.run_path(REPOSITORY / "runs.py")  # reads them too
     assert is_house_form(*outcome("train", [], capfd))
 
 
@@ -420,6 +483,19 @@ def test_a_missing_package_is_named(words, package):
     process = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, cwd=REPOSITORY)
     err = process.stderr.splitlines()
     assert is_house_form(process.returncode, err) and f"package {package}," in err[0], err
+
+
+def test_stderr_that_nobody_reads(monkeypatch):
+    def fail():
+        [*tqdm(range(2))]
+        raise UserError("expected a reader, got none")
+
+    read, write = os.pipe()
+    os.close(read)
+    for stderr in (None, open(write, "w")):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with pytest.raises(SystemExit, match="2"):
+            run(fail)
 
 
 def test_without_tensorboard(work, monkeypatch, capfd):

@@ -16,7 +16,7 @@ import data
 import sample
 import train
 import weights
-from conftest import KILLS, StubClassifier, refused, run_with_kills
+from conftest import KILLS, StubClassifier, edit_json, refused, run_with_kills
 from formats.export import save
 from lab import dataset, portraits, toy
 from lab.captions import write_caption
@@ -97,6 +97,20 @@ def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, m
     assert not [*out.rglob(".*")] and len([*out.glob("*/*/metadata.jsonl")]) == 2
     dataset.main(build_options(tiny, out))
     assert tree(out) == tree(built)
+
+
+@pytest.mark.parametrize("facts", [{"tried": {}}, {"tried": {"a": 0}}, {"kept": {"a": 10**400}}, {"images": -1}])
+def test_damaged_facts_about_a_scene(tiny, built, stub, tmp_path, facts):
+    out = shutil.copytree(built, tmp_path / "set")
+    for file in out.glob("*/*/scene.json"):
+        edit_json(file, **facts)
+    refused("expected numbers as tried and kept", dataset.main, build_options(tiny, out))
+
+
+def test_a_contact_sheet_shows_some_of_many_principles(built, monkeypatch):
+    monkeypatch.setattr("lab.check.PRINCIPLES", 1)
+    with pytest.warns(match="shows 1 of 2 principles"):
+        dataset.contact_sheet(data.read_samples(built)[0])
 
 
 # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -255,6 +255,10 @@ def quick_rows(text):
     return {line.split(",")[0]: [float(x) for x in re.findall(r"\d+\.\d", line)] for line in text.splitlines()[1:-4]}
 
 
+def test_dollars_in_a_name_are_no_formula(tmp_path):
+    evaluate.bar_chart({"base model": {"$x^$: D1": {"value": 1, "low": 0, "high": 2}}}, tmp_path / "chart.png")
+
+
 def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tmp_path, capsys, monkeypatch):
     def generate(sd, prompt, negative, principles, value_encoder, seeds, **settings):
         """Images of class 0 only; with a principle, of two classes in turn."""
