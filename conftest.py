@@ -1,17 +1,21 @@
 """Fixtures and helpers of all tests. Small random models; no download."""
 
 import atexit
+import http.server
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import torch
 
@@ -35,7 +39,7 @@ from clip_text import CLIPTextConfig, CLIPTextModel
 from common import UserError
 from formats.export import save, save_tokenizer
 from lab import classifier as classifier_module
-from lab import portraits, toy
+from lab import evaluate, portraits, toy
 from lab.captions import write_caption
 from lab.prompts import make_prompts
 from lab.tokenizer import train_tokenizer
@@ -43,12 +47,12 @@ from livo import ValueEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-pytest_plugins = ["formats.fixtures"]
 REPOSITORY = Path(__file__).resolve().parent
 SHARED, TINY_SD = REPOSITORY.parent / "shared", REPOSITORY / "tiny-sd"
 TOKENIZER = Path(tempfile.mkdtemp(prefix="livo-tests-")) / "tokenizer"  # small, of 77 tokens as the published one
 atexit.register(shutil.rmtree, TOKENIZER.parent)
-save_tokenizer(train_tokenizer([write_caption(portraits.sample_record(seed)) for seed in range(500)], 704), TOKENIZER)
+CAPTIONS = [write_caption(portraits.sample_record(seed)) for seed in range(500)]
+save_tokenizer(train_tokenizer(CAPTIONS, 704), TOKENIZER)
 SD1 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False,
        "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False}
@@ -141,9 +145,8 @@ def sd():
     vae = VAE(VAEConfig(block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=8))
     text = CLIPTextModel(CLIPTextConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                         num_attention_heads=2, eos_token_id=599))
-    captions = [write_caption(portraits.sample_record(seed)) for seed in range(500)]
     networks = [network.eval().requires_grad_(False) for network in (unet, vae, text)]
-    tokenizer = train_tokenizer([*captions, *toy.PRINCIPLES], 600)
+    tokenizer = train_tokenizer([*CAPTIONS, *toy.PRINCIPLES], 600)
     return weights.StableDiffusion(*networks, tokenizer, weights.SCHEDULER | {"prediction_type": "epsilon"})
 
 
@@ -162,6 +165,15 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "tiny-sd"
     save(weights.StableDiffusion(unet, vae, text, tokenizer, weights.SCHEDULER), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_livo(tiny):
+    """The folder of a value encoder for `tiny` whose token has an effect."""
+    value_encoder = ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder)
+    torch.nn.init.normal_(value_encoder.text_model.final_layer_norm.weight, std=100)
+    weights.save_text_encoder(value_encoder, tiny.parent / "livo")
+    return tiny.parent / "livo"
 
 
 def diffusers_pipeline(scheduler, unet, vae, text):
@@ -204,6 +216,126 @@ class StubClassifier:
     def classify(self, images):
         red = torch.tensor([image.getpixel((0, 0))[0] for image in images])
         return {name: red for name in classifier_module.ATTRIBUTES} | {"features": red[:, None].float()}
+
+
+@pytest.fixture
+def run_evaluate(tiny, tmp_path, monkeypatch):
+    """A function of options -> results.json, and the (prompt, principles, value encoder, seeds) generated for it."""
+    monkeypatch.setattr(evaluate, "generate", spy := Mock(wraps=evaluate.generate))
+
+    def run(*more):
+        spy.reset_mock()
+        evaluate.main(["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu",
+                       "--batch-size", "5", "--out", str(tmp_path / "out"), *map(str, more)])
+        calls = [(prompt, *others) for (_, prompt, _, *others), _ in spy.call_args_list]
+        return json.loads((tmp_path / "out" / "results.json").read_text()), calls
+
+    return run
+
+
+def full_vocabulary_pipeline(sd2):
+    """Small, but with the vocabulary and the number of norm groups of the published models, which files do not tell."""
+    scheduler = diffusers.DDIMScheduler.from_config(
+        SD1 | {"prediction_type": "v_prediction" if sd2 else "epsilon"})
+    unet = dict(cross_attention_dim=64, sample_size=96 if sd2 else 64, use_linear_projection=sd2, upcast_attention=sd2)
+    unet |= levels(64, 128) | dict(attention_head_dim=[1, 2]) if sd2 else levels(32, 64, 64) | dict(layers_per_block=1)
+    text = dict(vocab_size=49408, hidden_size=64, intermediate_size=96, num_attention_heads=1, eos_token_id=2,
+                hidden_act="gelu" if sd2 else "quick_gelu")
+    return diffusers_pipeline(scheduler, unet, dict(block_out_channels=(32, 64), layers_per_block=2), text)
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    return full_vocabulary_pipeline(sd2=False)
+
+
+@pytest.fixture(scope="session")
+def pipe2():
+    return full_vocabulary_pipeline(sd2=True)
+
+
+@pytest.fixture(scope="session")
+def published(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published") / "sd"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sd_folder(published, tmp_path):
+    return Path(shutil.copytree(published, tmp_path / "sd"))
+
+
+# ── The hub, on a local server ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def answer(path, repositories, requested):
+    """A request's path -> status, headers and body, as the hub answers."""
+    kind = re.fullmatch(r"/(api/models/)?([^/]+/[^/]+?)(?:/(revision|resolve|tree)/[^/]+/?(.*))?", path.split("?")[0])
+    folder = kind and repositories.get(kind[2])
+    if not folder:
+        return 404, {"X-Error-Code": "RepoNotFound"}, b""
+    if not kind[1]:
+        requested.append(kind[4])
+        return 200, {"ETag": f'"{abs(hash(kind[4]))}"'}, (folder / kind[4]).read_bytes()
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    listing = {"id": kind[2], "sha": "c" * 40, "siblings": [{"rfilename": name} for name in files]}
+    if kind[3] == "tree":
+        listing = [{"type": "file", "path": name, "size": path.stat().st_size, "oid": "e" * 40}
+                   for name, path in files.items()]
+    return 200, {"Content-Type": "application/json"}, json.dumps(listing).encode()
+
+
+@pytest.fixture
+def hub(published, tmp_path):
+    """Repositories with files that should not be fetched too. -> (environment, files requested, server)"""
+    repositories, requested = {"someone/sd": tmp_path / "repo", "someone/livo": tmp_path / "livo"}, []
+    shutil.copytree(published, tmp_path / "repo")
+    shutil.copytree(published / "text_encoder", tmp_path / "livo/deep/value_encoder")
+    for junk in ("safety_checker/model.safetensors", "unet/diffusion_pytorch_model.bin", "sd-v1-5.ckpt",
+                 "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "text_encoder/flax_model.msgpack",
+                 "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"):
+        (tmp_path / "repo" / junk).parent.mkdir(exist_ok=True)
+        (tmp_path / "repo" / junk).write_bytes(b"should not be fetched")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, headers, body = answer(self.path, repositories, requested)
+            self.send_response(status)
+            for key, value in {"X-Repo-Commit": "c" * 40, **headers, "Content-Length": len(body)}.items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else body)
+
+        do_HEAD, log_message = do_GET, lambda *args: None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+           "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    yield env, requested, server
+    server.shutdown()
+    server.server_close()
+
+
+FETCH = """
+import sys, warnings, common, weights, lab.clip_image
+for call in sys.argv[1:]:
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            print(type(eval(call)).__name__, *(warning.message for warning in caught))
+        except common.UserError as error:
+            print("error:", common.one_line(error))
+"""
+
+
+def fetch(env, *calls):
+    """-> for each call a line, what it loads and warns of, or its error.
+
+    In a process of its own, because huggingface_hub reads the environment when it is imported.
+    """
+    return subprocess.run([sys.executable, "-c", FETCH, *calls], env=env, stdout=subprocess.PIPE, text=True,
+                          cwd=REPOSITORY, check=True).stdout.splitlines()
 
 
 # ── Data and training runs ───────────────────────────────────────────────────────────────────────────────────────────
@@ -253,13 +385,9 @@ def start(*args, **env):
                             stderr=subprocess.STDOUT, text=True)
 
 
-def steps_in(run):
-    log = run / "log.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
-
-
 def wait_for_steps(process, run, steps):
-    while steps_in(run) < steps and process.poll() is None:
+    log = run / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= steps):
         time.sleep(0.002)
 
 

@@ -5,12 +5,12 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import types
 import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -21,13 +21,12 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import weights
-from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from conftest import REPOSITORY, SHARED, TINY_SD, TOKENIZER, edit_json, pixels, refused
+from clip_text import BOS, EOS, CLIPTokenizer
+from conftest import SHARED, TINY_SD, TOKENIZER, edit_json, fetch, pixels, refused
 from formats import unpadded
 from formats.compvis import renamed
 from formats.export import save, save_tokenizer
 from formats.files import weight_files
-from formats.fixtures import fetch
 from lab.tokenizer import train_tokenizer
 from livo import load_value_encoder
 from retrieve import GENDER
@@ -60,20 +59,22 @@ def test_folders_of_diffusers(pipe, tmp_path, how):
     for name in weights.NETWORKS:
         getattr(pipe, name).save_pretrained(tmp_path / name, **how)
     pipe.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    if "max_shard_size" in how:
-        assert len([p for p in (tmp_path / "unet").iterdir() if "-of-" in p.name]) > 2
+    files = [path for path in (tmp_path / "unet").iterdir() if path.suffix != ".json"]
+    assert len(files) == 1 if "max_shard_size" not in how else len(files) > 2
     sd = weights.load(tmp_path)
     assert_same(sd, pipe)
+    mapped = Path("/proc/self/maps").read_text()  # a tensor of the right dtype is not copied
+    assert all(str(file) in mapped for file in files)
     assert not any(p.requires_grad for p in sd.unet.parameters()) and not sd.unet.training
     assert sd.scheduler["prediction_type"] == "epsilon"
 
 
-@pytest.mark.parametrize("shard", ["model.fp16-0000{}-of-00002.safetensors", "model-0000{}-of-00002.fp16.safetensors"])
-def test_all_shards_are_needed_under_both_names_of_variants(shard):
+def test_all_shards_are_needed_under_both_names_of_variants():
     """The choice between variants is tested by the folders below and by the hub's."""
-    shards = [shard.format(1), shard.format(2)]
-    assert weight_files(["pytorch_model.bin", *shards], torch.float32, "here") == shards
-    refused("expected 2 shards.*got 1", weight_files, shards[1:], torch.float32, "here")
+    for shard in "model.fp16-0000{}-of-00002.safetensors", "model-0000{}-of-00002.fp16.safetensors":
+        shards = [shard.format(1), shard.format(2)]
+        assert weight_files(["pytorch_model.bin", *shards], torch.float32, "here") == shards
+        refused("expected 2 shards.*got 1", weight_files, shards[1:], torch.float32, "here")
 
 
 def test_float16_takes_the_fp16_variant_and_keeps_the_vae_in_float32(sd_folder):
@@ -85,17 +86,6 @@ def test_float16_takes_the_fp16_variant_and_keeps_the_vae_in_float32(sd_folder):
         torch.float16, torch.float16, torch.float32]
     assert not sd.unet.conv_in.weight.any() and weights.load(sd_folder).unet.conv_in.weight.any()
     assert weights.load(sd_folder, vae_dtype=torch.bfloat16).vae.quant_conv.weight.dtype == torch.bfloat16
-
-
-def test_tensors_of_the_right_dtype_are_not_copied(tmp_path):
-    code = ("import sys, torch, weights; m = lambda: int(next(l for l in open('/proc/self/status') if "
-            "l.startswith('RssAnon')).split()[1]); b = m(); t = weights.load_text_encoder(sys.argv[1], "
-            "dtype=torch.float16); print(m() - b)")
-    config = CLIPTextConfig(vocab_size=49408, hidden_size=512, num_hidden_layers=0, num_attention_heads=8)
-    weights.save_text_encoder(CLIPTextModel(config), tmp_path, torch.float16)  # 50 MB
-    grown = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True,
-                           cwd=REPOSITORY).stdout
-    assert int(grown) < 20_000  # KiB of anonymous memory: the rest is mapped
 
 
 @pytest.mark.parametrize("old, ones, prefix", [
@@ -213,23 +203,23 @@ def test_diffusers_opens_what_we_save(single_file, tmp_path):
     folder = tmp_path / "out/sd"
     save(sd, folder)
     assert os.listdir(tmp_path / "out") == ["sd"]
-    assert_same(weights.load(folder), pipe, torch.float16)
-    assert weights.load(folder).unet.config == sd.unet.config
+    again = weights.load(folder)
+    assert_same(again, pipe, torch.float16)
+    assert all(getattr(again, name).config == getattr(sd, name).config for name in weights.NETWORKS)
     assert load_file(folder / "unet" / WEIGHTS)["conv_in.weight"].dtype == torch.float16
 
     save(sd, folder, torch.float32)
     ref = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     assert_same(sd, ref)
     assert ref.scheduler.config.prediction_type == sd.scheduler["prediction_type"] and ref.safety_checker is None
-    x, prompts = torch.randn(1, 4, 8, 8), ["a cat", "a dog of some kind"]
-    ids = sd.tokenizer(prompts)
-    assert torch.equal(ids, ref.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids)
+    x, ids = torch.randn(1, 4, 8, 8), ref.tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(sd.tokenizer(["a cat"]), ids)
     with torch.no_grad():
-        context, expected = sd.text_encoder(ids[:1])[0], ref.text_encoder(ids[:1])[0]
-        assert torch.allclose(context, expected, atol=1e-4)
-        assert torch.allclose(context, pipe.text_encoder(ids[:1])[0], atol=1e-4)
-        assert torch.allclose(sd.unet(x, torch.tensor([9]), context), ref.unet(x, 9, expected).sample, atol=1e-4)
-        assert torch.allclose(sd.vae.decode(x), ref.vae.decode(x / 0.18215).sample, atol=1e-4)
+        context = sd.text_encoder(ids)[0]
+        for saved in ref, pipe:
+            assert torch.allclose(context, saved.text_encoder(ids)[0], atol=1e-4)
+            assert torch.allclose(sd.unet(x, 9, context), saved.unet(x, 9, context).sample, atol=1e-4)
+            assert torch.allclose(sd.vae.decode(x), saved.vae.decode(x / 0.18215).sample, atol=1e-4)
     # diffusers' own loader agrees with the CompVis layout that these tests write
     for cls, name in ((diffusers.UNet2DConditionModel, "unet"), (diffusers.AutoencoderKL, "vae")):
         loaded = cls.from_single_file(str(file), config=str(folder / name)).state_dict()
@@ -267,17 +257,15 @@ def test_ema_weights_are_preferred(pipe, tmp_path):
 
 
 class Hostile:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, ("pwned",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickles_execute_nothing(sd_folder, tmp_path, zipped):
+def test_pickles_execute_nothing(sd_folder, tmp_path, zipped, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     ckpt, bin_file = tmp_path / "x.ckpt", sd_folder / "unet/diffusion_pytorch_model.bin"
-    torch.save({"state_dict": Hostile(tmp_path / "pwned")}, ckpt, _use_new_zipfile_serialization=zipped)
+    torch.save({"state_dict": Hostile()}, ckpt, _use_new_zipfile_serialization=zipped)
     (sd_folder / "unet" / WEIGHTS).unlink()
     shutil.copy(ckpt, bin_file)
     for source, file in ((ckpt, ckpt), (sd_folder, bin_file)):
@@ -311,12 +299,9 @@ def test_sample_size_of_old_conversions_is_that_of_diffusers(sd_folder, version,
 
 
 def test_prediction_type_of_the_caller_or_else_of_the_folder(sd_folder):
-    scheduler = sd_folder / "scheduler/scheduler_config.json"
-    edit_json(scheduler, prediction_type="sample")
-    refused("prediction_type", weights.load, sd_folder)
-    assert weights.load(sd_folder, prediction_type="epsilon").scheduler["prediction_type"] == "epsilon"
-    edit_json(scheduler, prediction_type=None)
-    assert weights.load(sd_folder).scheduler["prediction_type"] == "epsilon"
+    for folders, callers in ("sample", "epsilon"), (None, None):
+        edit_json(sd_folder / "scheduler/scheduler_config.json", prediction_type=folders)
+        assert weights.load(sd_folder, prediction_type=callers).scheduler["prediction_type"] == "epsilon"
 
 
 def test_other_model_families_are_named(pipe, sd_folder, tmp_path):
@@ -331,18 +316,16 @@ def test_other_model_families_are_named(pipe, sd_folder, tmp_path):
         (folder / name).write_text("{}")
         refused(kind, weights.load, folder)
 
-    def refuse(tensors, message):
+    state, first = compvis(pipe), "model.diffusion_model.input_blocks.0.0.weight"
+    unsupported = {"conditioner.embedders.0.x": "SDXL", "model.diffusion_model.double_blocks.0.x": "Flux",
+                   "lora_unet_mid_block.lora_up.weight": "a LoRA", "control_model.x": "a ControlNet",
+                   "text_model.embeddings.position_ids": "a text encoder", "fc.weight": "tensors fc.weight"}
+    for tensors, message in [
+            *(({name: torch.zeros(1)}, kind) for name, kind in unsupported.items()),
+            (state | {first: torch.zeros(32, 9, 3, 3)}, "expected 4 input channels .*inpainting.* got 9"),
+            ({name: t for name, t in state.items() if name != first}, "expected the tensor conv_in.weight")]:
         save_file(tensors, tmp_path / "x.safetensors")
         refused(message, weights.load, tmp_path / "x.safetensors", tokenizer=TOKENIZER)
-
-    for name, kind in (("conditioner.embedders.0.x", "SDXL"), ("model.diffusion_model.double_blocks.0.x", "Flux"),
-                       ("lora_unet_mid_block.lora_up.weight", "a LoRA"), ("control_model.x", "a ControlNet"),
-                       ("text_model.embeddings.position_ids", "a text encoder"), ("fc.weight", "tensors fc.weight")):
-        refuse({name: torch.zeros(1)}, kind)
-    state, first = compvis(pipe), "model.diffusion_model.input_blocks.0.0.weight"
-    refuse(state | {first: torch.zeros(32, 9, 3, 3)}, "expected 4 input channels .*inpainting.* got 9")
-    del state[first]
-    refuse(state, "expected the tensor conv_in.weight")
 
 
 # ── Value encoders ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -359,7 +342,6 @@ def test_value_encoder_files(published, tmp_path):
         again = weights.load_text_encoder(source).state_dict()
         assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
     refused("expected the config.json of a text encoder", weights.load_text_encoder, published)
-    refused("got a file", weights.load_text_encoder, mine / "value_encoder/config.json")
 
 
 def test_a_reader_always_finds_a_complete_value_encoder(published, tmp_path):
@@ -494,12 +476,10 @@ def test_tokenizer_folders_equal_transformers(tmp_path, name):
 
 
 def test_trained_tokenizers_have_the_ids_of_clip_and_are_reproducible(tmp_path):
-    texts = ["ab Ab ab cd"]
-    for name, tokenizer in (("first", train_tokenizer(texts, 515)), ("again", train_tokenizer(iter(texts), 515))):
-        save_tokenizer(tokenizer, tmp_path / name)
-    vocab = json.loads((tmp_path / "first/vocab.json").read_text())
+    for name in ("first", "again"):
+        save_tokenizer(train_tokenizer(iter(["ab Ab ab cd"]), 515), tmp_path / name)
     expected = {"!": 0, "a": 64, "!</w>": 256, "b</w>": 321, "ab</w>": 512, BOS: 513, EOS: 514}
-    assert {token: vocab[token] for token in expected} == expected
+    assert expected.items() <= json.loads((tmp_path / "first/vocab.json").read_text()).items()
     for path in (tmp_path / "first").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     refused("expected texts that give 600 ids, got 515", train_tokenizer, ["ab"], 600)
@@ -521,7 +501,6 @@ def test_padding_length_is_that_of_the_tokenizer(sd_folder, length, n):
 
 
 @pytest.mark.parametrize("files, message", [
-    ({"merges.txt": "a zebra\n"}, "zebra"), ({"tokenizer.json": '{"model": {}}'}, "KeyError"),
     ({"special_tokens_map.json": '{"pad_token": "<pad>"}'}, "expected <pad> in the vocabulary"),
     ({"vocab.json": json.dumps({"a": 0, "a</w>": 1, "aa</w>": 2, BOS: 3, EOS: 3}), "merges.txt": "a a</w>"},
      "expected the ids 0 to 4 once each")], ids=str)

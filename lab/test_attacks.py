@@ -6,20 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import weights
 from conftest import pixels, refused, trained_a_little
 from lab import attacks, comparison, gate, portraits, rewrites
 from lab.classifier import Classifier, uniform_record
-from livo import ValueEncoder
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
-from sample import automatic, generate
-
-
-class Counts:
-    def classify(self, prompts):
-        """Classifies prompts instead of images: the harm is the fraction of words that are not known."""
-        known = "a portrait of a bloody judge".split()
-        return {"bloody": torch.tensor([np.mean([word not in known for word in prompt.split()]) for prompt in prompts])}
+from sample import generate
 
 
 def test_rewrites_depend_on_the_seed_alone_and_keep_the_subject():
@@ -30,15 +21,18 @@ def test_rewrites_depend_on_the_seed_alone_and_keep_the_subject():
 
 
 def test_an_attack_succeeds_by_the_image_and_the_search_climbs():
-    prompts, plain = [["bloody judge", "x y z"], ["x judge y", "a portrait"]], lambda prompts, seeds: prompts
-    assert attacks.attack(plain, prompts, "bloody", Counts()).tolist() == [[False, True], [True, False]]
-    assert attacks.search(plain, "bloody judge", "bloody", ["zz"], Counts(), 0)  # needs both words, one a round
-    assert not attacks.search(lambda prompts, seeds: ["a"] * len(prompts), "x judge", "bloody", ["zz"], Counts(), 0)
+    known, plain = "a portrait of a bloody judge".split(), lambda prompts, seeds: prompts
+    unknown = SimpleNamespace(classify=lambda prompts: {"bloody": torch.tensor([  # prompts instead of images
+        np.mean([word not in known for word in prompt.split()]) for prompt in prompts])})
+    prompts = [["bloody judge", "x y z"], ["x judge y", "a portrait"]]
+    assert attacks.attack(plain, prompts, "bloody", unknown).tolist() == [[False, True], [True, False]]
+    assert attacks.search(plain, "bloody judge", "bloody", ["zz"], unknown, 0)  # needs both words, one a round
+    assert not attacks.search(lambda prompts, seeds: ["a"] * len(prompts), "x judge", "bloody", ["zz"], unknown, 0)
 
 
 def test_bias_principles_are_in_every_second_image_and_toxic_ones_go_alone():
-    assert automatic([BLOODY, GENDER, RACE]) == [BLOODY] and attacks.active([BLOODY, GENDER], 1) == (BLOODY,)
-    assert automatic([GENDER, RACE]) == [GENDER, RACE] and attacks.active([GENDER, RACE], 0) == (GENDER, RACE)
+    assert attacks.active([BLOODY, GENDER], 1) == (BLOODY,)
+    assert attacks.active([GENDER, RACE], 0) == (GENDER, RACE)
     functions = attacks.methods(list, "bloody", {"retriever": retrieve, "blind": lambda prompt: []},
                                  {"UCE": lambda prompt, seeds: [(prompt, seed) for seed in seeds]})
     rows = {name: function(["a bloody tree"], [3])[0] for name, function in functions.items()}
@@ -66,7 +60,7 @@ def test_gate_separates_and_its_table_counts():
     assert gate.train_gate(clip, ["bloody", "judge"], [True, False])(["blood", "c"]) == [True, False]
 
 
-def test_the_command(tiny, tmp_path, capsys, monkeypatch):
+def test_the_command(tiny, tiny_livo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attacks, "load_classifier", lambda: Classifier().eval())
     monkeypatch.setattr(attacks, "SUBJECTS", ("judge", "artist"))
     monkeypatch.setattr(gate, "GATE_CAPTIONS", 50)
@@ -77,8 +71,7 @@ def test_the_command(tiny, tmp_path, capsys, monkeypatch):
     options = ["--weights", str(tiny), "-n", "2", "--out", str(tmp_path / "attacks.json")]
     refused("with a value encoder, got none", attacks.main, options)
     refused("expected a function retrieve", attacks.main, ["--before", rewrites.__file__, *options])
-    weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), tmp_path / "livo")
-    attacks.main([*options, "--value-encoder", str(tmp_path / "livo"), "--before", str(tmp_path / "before.py"),
+    attacks.main([*options, "--value-encoder", str(tiny_livo), "--before", str(tmp_path / "before.py"),
                   "--baselines", "runs"])
     results = json.loads((tmp_path / "attacks.json").read_text())
     row = results["attacks, % success"]["as it is"]

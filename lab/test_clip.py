@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weights
-from conftest import REPOSITORY, TOKENIZER, ImageProcessor, assert_close, edit_json, refused
-from formats.fixtures import fetch
+from conftest import REPOSITORY, TOKENIZER, ImageProcessor, assert_close, edit_json, fetch, refused
 from lab import clip_image, evaluate, portraits
 from lab.captions import with_article
 from lab.classifier import ClipClassifier, uniform_record
