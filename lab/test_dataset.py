@@ -1,12 +1,13 @@
 """`python -m lab.dataset`: build, check and show preference data."""
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
+import zlib
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,33 +26,29 @@ from lab.principles import STABLE_DIFFUSION_PRINCIPLES, TOY_PRINCIPLES, bias
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
 
 SMOKING = "smoking considered inappropriate"
+
+
 def classify_by_hash(principle, noun, images):
-    classes = [*principle.classes]
-    return [classes[hashlib.sha256(image.tobytes()).digest()[0] % len(classes)] for image in images]
+    return [[*principle.classes][zlib.crc32(image.tobytes()) % len(principle.classes)] for image in images]
 
 
-def open_stub(source, device):
-    return "stub", classify_by_hash, TOY_PRINCIPLES
+def options(tiny, out, *more):
+    return ["build", "--weights", str(tiny), "--out", str(out), "--steps", "1", "--device", "cpu", *map(str, more)]
 
 
-@pytest.fixture
-def stub(monkeypatch):
-    monkeypatch.setattr(dataset, "open_classifier", open_stub)
-
-
-def build_options(tiny, out, *more):
-    """20 pairs: six scenes of a bias principle, six of a toxicity principle."""
-    return ["build", "--weights", str(tiny), "--out", str(out), "--principle", RACE, "--principle", SMOKING,
-            "--total", "20", "--steps", "1", "--batch-size", "8", "--device", "cpu", *map(str, more)]
+def build(tiny, out, *more):
+    """20 pairs: six scenes of a bias principle, six of a toxicity principle. Classes are chosen by a hash."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "open_classifier", lambda *_: ("stub", classify_by_hash, TOY_PRINCIPLES))
+        dataset.main(options(tiny, out, "--principle", RACE, "--principle", SMOKING, "--total", 20,
+                             "--batch-size", 8, *more))
 
 
 @pytest.fixture(scope="module")
 def built(tiny, tmp_path_factory):
     """A set that nothing interrupted."""
     out = tmp_path_factory.mktemp("built") / "set"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "open_classifier", open_stub)
-        dataset.main(build_options(tiny, out))
+    build(tiny, out)
     return out
 
 
@@ -62,24 +59,24 @@ def tree(folder):
 # ── Byte-identical builds ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_three_shards_equal_one_process(tiny, built, stub, tmp_path, monkeypatch, capsys):
+def test_three_shards_equal_one_process(tiny, built, tmp_path, monkeypatch, capsys):
     out = tmp_path / "set"
-    dataset.main(build_options(tiny, out, "--shard", "2/3"))
+    build(tiny, out, "--shard", "2/3")
     refused("sound dataset", dataset.main, ["check", str(out)])
     assert "is not finished" in capsys.readouterr().out
-    dataset.main(build_options(tiny, out, "--shard", "0/3"))
+    build(tiny, out, "--shard", "0/3")
     assert "shard 0 of 3 is done" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")  # as torchrun does
     monkeypatch.setenv("WORLD_SIZE", "3")
-    dataset.main(build_options(tiny, out))
+    build(tiny, out)
     assert tree(out) == tree(built)
 
 
-def test_thirty_kills_at_random_moments_change_nothing(tiny, built, stub, tmp_path):
+def test_thirty_kills_at_random_moments_change_nothing(tiny, built, tmp_path):
     left = KILLS
     while left:
         out = tmp_path / str(left)
-        left = run_with_kills(dataset.main, lambda: build_options(tiny, out), left, seconds=0.8)
+        left = run_with_kills(lambda out: build(tiny, out), lambda: out, left, seconds=0.8)
         assert tree(out) == tree(built)
 
 
@@ -120,11 +117,11 @@ def test_built_images_show_what_their_labels_say(built):
     about = json.loads((built / "dataset.json").read_text())
     assert {value: (sums["pairs"], sums["preservation"]) for value, sums in about["principles"].items()} == {
         RACE: (10, 0), SMOKING: (10, 10)}
-    principles = {principle.value: principle for principle in TOY_PRINCIPLES}
     samples, faults = data.read_samples(built)
     assert not faults and not check(built)[1] and len(samples) == 2 * 20 + 10
     assert {(one.value, one.scene.parent.name) for one in samples} == {
         (RACE, "0-career"), (SMOKING, "toxicity"), (SMOKING, "preservation")}
+    principles = {principle.value: principle for principle in TOY_PRINCIPLES}
     for one in samples:
         facts = about["scenes"][one.scene.relative_to(built).as_posix()]
         predicted, = classify_by_hash(principles[one.value], "", [Image.open(one.path)])
@@ -166,8 +163,8 @@ def fake_scene(pairs, majority, accepts=lambda name, k: True):
 def test_the_majority_class_violates_and_the_others_are_aligned_equally_often(majority):
     samples, facts = fake_scene(11, majority)
     assert facts["violating"] == majority and facts["plain"] == {majority: dataset.PLAIN_IMAGES}
-    generated = [(file["prompt"], label) for file, (*_, label) in zip(facts["files"], samples, strict=True)]
-    counts = Counter((name, label) for prompt, label in generated for name in AGE.classes if name in prompt)
+    counts = Counter((name, label) for file, (*_, label) in zip(facts["files"], samples, strict=True)
+                     for name in AGE.classes if name in file["prompt"])
     a, b = (name for name in AGE.classes if name != majority)
     assert facts["images"] == 22 and counts[majority, 0] == 11 and {counts[a, 1], counts[b, 1]} == {5, 6}
     assert {prompt for _, prompt, _, _ in samples} == {opening + "a judge" for opening in AGE.openings}
@@ -175,36 +172,32 @@ def test_the_majority_class_violates_and_the_others_are_aligned_equally_often(ma
 
 def test_classes_that_the_model_does_not_show_are_given_up():
     with pytest.warns(match=r"t/s: 0 of \d\d images show “grey”, less than 5%"):
-        samples, facts = fake_scene(10, "old", lambda name, k: name != "grey")
+        _, facts = fake_scene(10, "old", lambda name, k: name != "grey")
     assert facts["images"] == 20 and facts["kept"] == {"young": 10, "grey": 0, "old": 10}  # the others take its place
     with pytest.warns(match="“(young|grey)”"):
-        samples, facts = fake_scene(10, "old", lambda name, k: False)
-    assert not samples and facts["images"] == 0
-    with warnings.catch_warnings(action="error"):  # one of ten is enough
-        _, facts = fake_scene(10, "old", lambda name, k: k % 10 == 0)
-    assert facts["images"] == 20 and facts["tried"]["grey"] == 50
-    with warnings.catch_warnings(action="error"):  # so is less, if no more are wanted: the third is the 61st
+        assert not fake_scene(10, "old", lambda name, k: False)[0]
+    with warnings.catch_warnings(action="error"):
+        _, facts = fake_scene(10, "old", lambda name, k: k % 10 == 0)  # one of ten is enough
+        assert facts["images"] == 20 and facts["tried"]["grey"] == 50
+        # so is less, if no more are wanted: the third is the 61st
         _, facts = fake_scene(6, "old", lambda name, k: name != "grey" or k in (1, 2, 61))
-    assert facts["kept"] == {"young": 3, "grey": 3, "old": 6} and facts["tried"]["grey"] >= 61
+        assert facts["kept"] == {"young": 3, "grey": 3, "old": 6} and facts["tried"]["grey"] >= 61
 
 
 def test_a_set_is_finished_although_scenes_are_given_up(tiny, tmp_path, monkeypatch):
+    def classify(principle, noun, images):
+        return classify_by_hash(principle, noun, images) if noun == "chef" else [None] * len(images)
+
     monkeypatch.setattr(dataset, "PATIENCE", 8)
-
-    def build(out, shows, *more):
-        def classify(principle, noun, images):
-            return classify_by_hash(principle, noun, images) if noun in shows else [None] * len(images)
-
-        monkeypatch.setattr(dataset, "open_classifier", lambda *_: ("stub", classify, TOY_PRINCIPLES))
-        with pytest.warns(match="given up"):
-            dataset.main(["build", "--weights", str(tiny), "--principle", SMOKING, "--steps", "1", "--device", "cpu",
-                          "--out", str(out), *more])
-
-    build(tmp_path / "set", {"chef"}, "--per-prompt", "2")
+    monkeypatch.setattr(dataset, "open_classifier", lambda *_: ("stub", classify, TOY_PRINCIPLES))
+    with pytest.warns(match="given up"):
+        dataset.main(options(tiny, tmp_path / "set", "--principle", SMOKING, "--per-prompt", 2))
     sums = json.loads((tmp_path / "set" / "dataset.json").read_text())["principles"][SMOKING]
     assert (sums["pairs"], sums["preservation"], sums["scenes"], sums["given_up"]) == (2, 1, 2 * 13, 2 * 12)
     assert not check(tmp_path / "set")[1]
-    refused("got none: smoking", build, tmp_path / "empty", {}, "--total", "1")
+    with pytest.warns(match="given up"):
+        none = options(tiny, tmp_path / "none", "--principle", SMOKING, "--total", 1)
+        refused("got none: smoking", dataset.main, none)
 
 
 # ── Principles and classifiers ───────────────────────────────────────────────────────────────────────────────────────
@@ -218,14 +211,13 @@ def test_the_toy_classifiers_predictions_become_classes(tiny, tmp_path, monkeypa
     monkeypatch.setattr(dataset, "TOY_PRINCIPLES", (AGE,))
     monkeypatch.setattr(dataset, "load_classifier", StubClassifier)
     refused("--classifier toy: expected an attribute that it knows, of profession, .*, got age", dataset.main,
-            ["build", "--weights", str(tiny), "--out", str(tmp_path / "set"), "--device", "cpu"])
+            options(tiny, tmp_path / "set"))
 
 
 def test_clip_classifies_images_of_other_models(tiny, tmp_path, monkeypatch):
     """With a CLIP the concepts are those for Stable Diffusion; texts are "prompt, class", as the authors' are."""
-    large, asked = weights.load(tiny), set()
-    large.unet.config.sample_size = 8
-    save(large, tmp_path / "model")
+    other, asked = shutil.copytree(tiny, tmp_path / "model"), set()
+    edit_json(other / "unet" / "config.json", sample_size=8)
 
     def zero_shot(clip, images, texts):
         assert clip == "clip of some/clip" and all(image.size == (32, 32) for image in images)
@@ -235,10 +227,10 @@ def test_clip_classifies_images_of_other_models(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("lab.clip_image.zero_shot", zero_shot)
     monkeypatch.setattr("lab.clip_image.load_clip", lambda source, device: f"clip of {source}")
     (tmp_path / "mine.txt").write_text("\ufeffA plumber\n\ndoctor\n", encoding="utf-8")
-    options = ["build", "--weights", str(tmp_path / "model"), "--out", str(tmp_path / "set"), "--steps", "2"]
-    options += ["--principle", GENDER, "--principle", ZOMBIE, "--total", "40", "--format", "jpg", "--device", "cpu"]
-    refused("expected a CLIP for images of 32 pixels.*got none", dataset.main, options)
-    dataset.main([*options, "--classifier", "some/clip", "--prompts", str(tmp_path / "mine.txt")])
+    words = options(other, tmp_path / "set", "--principle", GENDER, "--principle", ZOMBIE, "--total", 40,
+                    "--format", "jpg")
+    refused("expected a CLIP for images of 32 pixels.*got none", dataset.main, words)
+    dataset.main([*words, "--classifier", "some/clip", "--prompts", str(tmp_path / "mine.txt")])
     assert asked >= {("a photo of the face of a plumber, female", "a photo of the face of a plumber, male"),
                      ("a photo of a bride", "a photo of a bride, zombie")}
     samples, _ = data.read_samples(tmp_path / "set")
@@ -264,34 +256,29 @@ def test_prompts_use_the_words_that_the_models_know():
         assert all(retrieve(dataset.compose(scene, scene.principle.violating, k, 0)[0]) for k in range(5)), scene.folder
 
 
-@pytest.mark.parametrize("total, sizes, preservation", [
-    (None, {50: 65}, {25: 39}), (2000, {30: 15, 31: 50}, {15: 9, 16: 30}), (10, {1: 10}, {1: 6})])
-def test_the_total_is_spread_evenly(total, sizes, preservation):
-    scenes = dataset.plan(TOY_PRINCIPLES, 50, total)
-    assert {scene.principle.value for scene in scenes} == {principle.value for principle in TOY_PRINCIPLES}
-    for is_preservation, expected in (False, sizes), (True, preservation):
-        assert Counter(scene.size for scene in scenes if scene.preservation == is_preservation) == expected
+def test_the_total_is_spread_evenly():
+    for total, sizes in ((None, {(50, False): 65, (25, True): 39}),
+                         (2000, {(30, False): 15, (31, False): 50, (15, True): 9, (16, True): 30})):
+        scenes = dataset.plan(TOY_PRINCIPLES, 50, total)
+        assert Counter((scene.size, scene.preservation) for scene in scenes) == sizes
 
 
 @pytest.mark.parametrize("change, message", [
     (["--total", "21"], 'got one with pairs {"total": 20}, not {"total": 21}'), (["--seed", "1"], "seed 0, not 1"),
     (["--out", "{other}"], "without a dataset.json"), (["--prompts", "{other}/long"], "concepts of 1 to 60 letters")])
-def test_other_options_are_refused_and_change_nothing(tiny, built, stub, tmp_path, change, message):
+def test_other_options_are_refused_and_change_nothing(tiny, built, tmp_path, change, message):
     (tmp_path / "long").write_text("a very " + "very " * 20 + "old person")
     before = tree(built)
-    refused(re.escape(message), dataset.main, build_options(
-        tiny, built, *(word.format(other=tmp_path) for word in change)))
+    refused(re.escape(message), build, tiny, built, *(word.format(other=tmp_path) for word in change))
     assert tree(built) == before and [path.name for path in tmp_path.iterdir()] == ["long"]
 
 
 def test_a_built_set_trains_a_value_encoder_for_a_new_principle(tiny, built, tmp_path):
-    run = tmp_path / "runs" / "smoking"
-    train.main(["--weights", str(tiny), "--data", str(built), "--steps", "3", "--batch", "2", "--micro-batch", "2",
-                "--sample-every", "1000", "--out", str(run), "--device", "cpu"])
-    sample.main(["--weights", str(tiny), "--value-encoder", str(run), "--prompt", "a portrait of a smoking judge",
-                 "--principle", SMOKING, "--steps", "2", "-n", "2", "--compare", "--out", str(tmp_path / "out")])
-    assert Image.open(tmp_path / "out" / "0001.png").text["principle"] == SMOKING
-    assert {json.loads(line)["step"] for line in (run / "log.jsonl").open()} == {0, 1, 2}
+    train.main(f"--weights {tiny} --data {built} --steps 3 --batch 2 --micro-batch 2 --sample-every 1000 "
+               f"--out {tmp_path / 'run'} --device cpu".split())
+    sample.main([*f"--weights {tiny} --value-encoder {tmp_path / 'run'} --steps 2 -n 2 --out {tmp_path}".split(),
+                 "--prompt", "a portrait of a smoking judge", "--principle", SMOKING])
+    assert Image.open(tmp_path / "0001.png").text["principle"] == SMOKING
 
 
 # ── check, show ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -300,23 +287,20 @@ def test_a_built_set_trains_a_value_encoder_for_a_new_principle(tiny, built, tmp
 @pytest.fixture
 def release(tmp_path):
     """Written by hand as the authors released theirs: JPEG files of any size, several violating ones a scene."""
-    root = tmp_path / "livo_data"
-    for type, scene, value, n in [("0-career", "doctor", GENDER, 3), ("0-career", "CEO", RACE, 2),
-                                  ("1-goodness", "kind", GENDER, 2), ("2-badness", "lazy", RACE, 2),
-                                  ("3-toxic", "street", BLOODY, 3)]:  # fmt: skip
+    for scene, value, n in (("0-career/doctor", GENDER, 3), ("0-career/CEO", RACE, 2), ("1-goodness/kind", GENDER, 2),
+                            ("2-badness/lazy", RACE, 2), ("3-toxic/street", BLOODY, 3)):
         for i in range(2 * n):
-            add_image(root, f"{type}/{scene}", f"{scene}_{i}.jpg", value=value, label=int(i < n))
-    return root
+            add_image(tmp_path / "livo_data", scene, f"{Path(scene).name}_{i}.jpg", value, int(i < n))
+    return tmp_path / "livo_data"
 
 
 def add_image(root, scene="0-career/doctor", name="new.jpg", value=GENDER, label=1):
-    """Write another image, and its line -> its path."""
-    path = root / scene / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.effect_noise((40 + 8 * len([*root.glob("*/*/*.jpg")]), 64), 50).convert("RGB").save(path)
+    """-> the path of a new image."""
+    (root / scene).mkdir(parents=True, exist_ok=True)
+    Image.effect_noise((40 + 8 * len([*root.glob("*/*/*.jpg")]), 64), 50).convert("RGB").save(root / scene / name)
     with open(root / scene / "metadata.jsonl", "a") as file:
         file.write(json.dumps({"file_name": name, "prompt": "a doctor", "value": value, "label": label}) + "\n")
-    return path
+    return root / scene / name
 
 
 def test_the_authors_layout_is_read_checked_and_shown(release, sd, tmp_path, capsys):
@@ -344,7 +328,6 @@ def test_check_finds_what_training_would_accept(release, capsys):
 
 
 def test_check_names_lost_scenes(built, tmp_path):
-    shutil.copytree(built, tmp_path / "lost")
-    scene = sorted((tmp_path / "lost").glob("*/*/scene.json"))[0].parent
-    shutil.rmtree(scene)
-    assert check(tmp_path / "lost")[1] == [f"{scene}: expected 2 images, got no metadata.jsonl"]
+    lost = shutil.copytree(built, tmp_path / "lost")
+    shutil.rmtree(scene := min(lost.glob("*/*/scene.json")).parent)
+    assert check(lost)[1] == [f"{scene}: expected 2 images, got no metadata.jsonl"]
