@@ -16,9 +16,7 @@ from PIL import Image
 import data
 import sample
 import train
-import weights
 from conftest import KILLS, StubClassifier, edit_json, refused, run_with_kills
-from formats.export import save
 from lab import dataset, portraits, toy
 from lab.captions import write_caption
 from lab.check import SIDE, check
@@ -80,7 +78,7 @@ def test_thirty_kills_at_random_moments_change_nothing(tiny, built, tmp_path):
         assert tree(out) == tree(built)
 
 
-def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_half_written_scene(tiny, built, tmp_path, monkeypatch):
     out, write_scene = tmp_path / "set", toy.write_scene
 
     def full(folder, *args):
@@ -90,18 +88,18 @@ def test_a_full_disk_leaves_no_half_written_scene(tiny, built, stub, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(toy, "write_scene", full)
-        refused("expected to write .*No space left", dataset.main, build_options(tiny, out))
+        refused("expected to write .*No space left", build, tiny, out)
     assert not [*out.rglob(".*")] and len([*out.glob("*/*/metadata.jsonl")]) == 2
-    dataset.main(build_options(tiny, out))
+    build(tiny, out)
     assert tree(out) == tree(built)
 
 
 @pytest.mark.parametrize("facts", [{"tried": {}}, {"tried": {"a": 0}}, {"kept": {"a": 10**400}}, {"images": -1}])
-def test_damaged_facts_about_a_scene(tiny, built, stub, tmp_path, facts):
+def test_damaged_facts_about_a_scene(tiny, built, tmp_path, facts):
     out = shutil.copytree(built, tmp_path / "set")
     for file in out.glob("*/*/scene.json"):
         edit_json(file, **facts)
-    refused("expected numbers as tried and kept", dataset.main, build_options(tiny, out))
+    refused("expected numbers as tried and kept", build, tiny, out)
 
 
 def test_a_contact_sheet_shows_some_of_many_principles(built, monkeypatch):
