@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import torch
 
@@ -13,12 +14,11 @@ import pytest
 
 import attention
 from attention import FlashAttention, attend, plain_attention, triton
-from conftest import UNETS, assert_close
+from conftest import REPOSITORY, UNETS, assert_close
 from unet import UNet, UNetConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3} | ({torch.bfloat16: 2e-2} if DEVICE == "cuda" else {})
-ROOT = os.path.dirname(attention.__file__)
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 tokens = partial(torch.randn, device=DEVICE)  # (B, N, C) by its shape
 
@@ -60,8 +60,7 @@ def assert_flash_equals_plain(q, k, v, heads, needed=(True, True, True)):
     (1, 2, 40, 129, 77), (2, 1, 64, 33, 78), (1, 2, 80, 65, 80), (1, 1, 160, 65, 77),
     (1, 3, 40, 1, 1), (2, 1, 80, 7, 129), (1, 1, 160, 1, 7), (2, 2, 64, 78, 1),
     *((1, heads, d, N, M) for N, heads, d in [(9216, 5, 64), (4096, 8, 40), (1024, 8, 80), (256, 8, 160), (64, 8, 160)]
-      for M in (N, 77, 78) if DEVICE == "cuda"),  # the UNet's
-])  # fmt: skip
+      for M in (N, 77, 78) if DEVICE == "cuda")])  # the UNet's
 def test_flash_attention_and_its_gradient_equal_the_formula(B, heads, d, N, M, dtype):
     q = tokens(B, N, 3 * heads * d, dtype=dtype)[..., : heads * d]  # slices, as they come from `project`
     k, v = tokens(B, M, 2 * heads * d, dtype=dtype).chunk(2, dim=-1)
@@ -69,13 +68,9 @@ def test_flash_attention_and_its_gradient_equal_the_formula(B, heads, d, N, M, d
 
 
 @needs_triton
-def test_flash_attention_takes_any_strides():
+def test_any_strides_and_splits_and_no_unneeded_gradients(monkeypatch):
     q = tokens(80, 20, 2).permute(2, 1, 0)  # (2, 20, 80), its channels farthest apart
     assert_flash_equals_plain(q, tokens(1, 7, 80).expand(2, 7, 80), tokens(2, 14, 160)[:, ::2, ::2], 2)
-
-
-@needs_triton
-def test_backward_pass_splits_queries_over_programs_and_skips_unneeded_gradients(monkeypatch):
     q, k, v = tokens(1, 70, 40), *tokens(2, 1, 17, 40)
     for programs in (1, 6, 10**6):  # 1, 3 and 5 splits of the 5 blocks of queries
         monkeypatch.setattr(attention, "PROGRAMS", programs)
@@ -100,9 +95,7 @@ def test_scores_beyond_float16(sign):
 
 @needs_triton
 def test_attend_uses_the_kernels_for_the_unet_in_half_precision(monkeypatch):
-    used, apply = [], FlashAttention.apply
-    monkeypatch.setattr(FlashAttention, "apply", lambda q, k, *args: used.append((q.shape[1], k.shape[1])) or
-                        apply(q, k, *args))  # fmt: skip
+    monkeypatch.setattr(FlashAttention, "apply", spy := Mock(wraps=FlashAttention.apply))
     unet = UNet(UNetConfig(**UNETS["2.x"])).to(DEVICE, torch.float16).requires_grad_(False)
     x, context = tokens(1, 4, 8, 8).half(), tokens(1, 78, 40).half().requires_grad_()
     results = []
@@ -110,26 +103,16 @@ def test_attend_uses_the_kernels_for_the_unet_in_half_precision(monkeypatch):
         monkeypatch.setattr(attention, "has_kernels", lambda device: has_kernels)
         output = unet(x, torch.tensor([500], device=DEVICE), context)
         results.append([output, *torch.autograd.grad(output.square().sum(), context)])
-        assert len(used) == (2 * 11 if has_kernels else 0)  # self- and cross-attention in each transformer block
+        assert spy.call_count == (2 * 11 if has_kernels else 0)  # self- and cross-attention in each transformer block
     for plain, flash in zip(*results):
         assert_close(flash, plain, 1e-2)
-    assert (64, 64) in used and (64, 78) in used
+    assert {(64, 64), (64, 78)} <= {(q.shape[1], k.shape[1]) for (q, k, *_), _ in spy.call_args_list}
 
-    used.clear()
+    spy.reset_mock()
     x = tokens(1, 5, 512)
     for y, heads, causal in [(x, 8, False), (x.bfloat16(), 8, True), (x.bfloat16(), 1, False)]:
         attend(y, y, y, heads, causal)  # float32, the text encoder's, the VAE's
-    assert not used
-
-
-def run_python(code, **changes):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | changes
-    return subprocess.check_output([sys.executable, "-c", code], env=env, text=True, cwd=ROOT)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run here")
-def test_triton_is_not_imported_where_its_kernels_cannot_run():
-    run_python("import sys, attention; assert attention.triton is None and 'triton' not in sys.modules")
+    assert not spy.called
 
 
 def compile_kernels():
@@ -158,6 +141,7 @@ def compile_kernels():
 @needs_triton
 def test_every_kernel_compiles_for_compute_capabilities_8_and_9_and_fits_their_shared_memory(tmp_path):
     imports = "import torch\nfrom types import SimpleNamespace\nfrom attention import FlashAttention, triton\n"
-    names = run_python(imports + inspect.getsource(compile_kernels) + "compile_kernels()",
-                       TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
+    code = imports + inspect.getsource(compile_kernels) + "compile_kernels()"
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    names = subprocess.check_output([sys.executable, "-c", code], env=env, text=True, cwd=REPOSITORY)
     assert names.split() == 8 * "forward_kernel dq_kernel dkv_kernel forward_kernel".split()
