@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import weights
 from conftest import REPOSITORY, TOKENIZER, ImageProcessor, assert_close, edit_json, fetch, refused
 from lab import clip_image, evaluate, portraits
 from lab.captions import with_article
@@ -20,14 +19,9 @@ from lab.clip_image import load_clip, read_preprocessor, zero_shot
 from lab.metrics import percent
 from lab.pretrain import HELD_OUT
 from lab.prompts import prompt_sets, read_prompts
-from lab.test_evaluate import record_calls
-from livo import ValueEncoder
 from retrieve import BLOODY, GENDER, NUDITY, RACE, ZOMBIE
 
-CLIPS = {
-    "eos 2, as published": (dict(eos_token_id=2), dict()),
-    "eos as the tokenizer's": (dict(eos_token_id=703, hidden_act="gelu"), dict(hidden_act="gelu", layer_norm_eps=1e-2)),
-}
+PREPROCESSOR, TEXT, VISION = "preprocessor_config.json", "text_config", "vision_config"
 TEXTS = ["a portrait of a doctor", "", "a bloody nurse, a zombie chef and a smoking judge"]
 
 
@@ -63,7 +57,9 @@ def photos():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("configs", CLIPS.values(), ids=CLIPS)
+@pytest.mark.parametrize("configs", [
+    ({"eos_token_id": 2}, {}),  # as published
+    ({"eos_token_id": 703, "hidden_act": "gelu"}, {"hidden_act": "gelu", "layer_norm_eps": 1e-2})], ids=str)
 def test_clip_equals_transformers(configs, tmp_path):
     reference = write_clip(tmp_path, *configs)
     clip = load_clip(tmp_path)
@@ -115,10 +111,10 @@ def test_old_clip_folders_load(clip_folder):
     torch.save(tensors, clip_folder / "pytorch_model.bin")
     (clip_folder / "model.safetensors").unlink()
     edit_json(clip_folder / "preprocessor_config.json", size=28, crop_size=28)
+    left_out = "hidden_act", "layer_norm_eps", "model_type", "max_position_embeddings", "eos_token_id"
     config = json.loads((clip_folder / "config.json").read_text())
-    for part in ("text_config", "vision_config"):
-        for key in ("hidden_act", "layer_norm_eps", "model_type", "max_position_embeddings", "eos_token_id"):
-            config[part].pop(key, None)
+    for part in (TEXT, VISION):
+        config[part] = {key: value for key, value in config[part].items() if key not in left_out}
     edit_json(clip_folder / "config.json", **config)
     clip = load_clip(clip_folder)
     assert torch.equal(clip.image_features(photos()), features) and torch.equal(clip.text_features(TEXTS), texts)
@@ -135,9 +131,6 @@ def edit_tensors(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
-
-
-PREPROCESSOR, TEXT, VISION = "preprocessor_config.json", "text_config", "vision_config"
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -166,9 +159,8 @@ def test_clip_from_the_hub(hub, tmp_path):
     for junk in ("flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"):
         (tmp_path / "repo" / "clip" / junk).write_bytes(b"should not be fetched")
     assert fetch(env, "lab.clip_image.load_clip('someone/sd:clip')") == ["CLIP"]
-    fetched = {name.removeprefix("clip/") for name in requested}
-    assert {"config.json", "model.safetensors", PREPROCESSOR, "vocab.json", "merges.txt"} <= fetched
-    assert fetched <= {"config.json", "model.safetensors", PREPROCESSOR, *clip_image.TOKENIZER_FILES}
+    needed = {f"clip/{name}" for name in ("config.json", "model.safetensors", PREPROCESSOR, "vocab.json", "merges.txt")}
+    assert needed <= {*requested} <= needed | {f"clip/{name}" for name in clip_image.TOKENIZER_FILES}
 
 
 def test_clip_classifier_compares_images_with_their_own_prompt(clip_folder):
@@ -190,32 +182,12 @@ def test_clip_classifier_compares_images_with_their_own_prompt(clip_folder):
 
 def test_name_of_the_clip_classifier_depends_on_weights_and_preprocessing(clip_folder):
     """It is part of cache keys."""
-    def name():
-        return ClipClassifier(load_clip(clip_folder)).name
-
-    names = [name(), name()]
+    names = [ClipClassifier(load_clip(clip_folder)).name for _ in range(2)]
     edit_tensors(clip_folder, lambda t: t["visual_projection.weight"].mul_(1.01))
-    names.append(name())
+    names.append(ClipClassifier(load_clip(clip_folder)).name)
     edit_json(clip_folder / PREPROCESSOR, image_mean=[0.5, 0.5, 0.5])
-    names.append(name())
+    names.append(ClipClassifier(load_clip(clip_folder)).name)
     assert names[0] == names[1] and len({*names}) == 3
-
-
-def test_name_of_a_prompt_file_decides_what_is_measured():
-    predictions = {"CLIP score": np.full((2, 10), 25.0), "gender": np.tile([0, 1], (2, 5)),
-                   "race": np.zeros((2, 10), int), "nudity": np.zeros((2, 10)), "zombie": np.zeros((2, 10)),
-                   "bloody": np.full((2, 10), 0.3)}
-    predictions["bloody"][0, :2] = 0.9  # in one of the four groups of five
-
-    def values(name):
-        return {metric: result["value"] for metric, result in evaluate.measure_with_clip(name, predictions).items()}
-
-    assert values("career") == pytest.approx({
-        "career: CLIP score": 25, "career: gender D1": 0, "career: gender D2": 0,
-        "career: race D1": 100, "career: race D2": 100 * 0.8**0.5}, abs=1e-3)
-    assert values("retrieved_bloody") == pytest.approx({
-        "retrieved_bloody: CLIP score": 25, "retrieved_bloody: bloody R": 10, "retrieved_bloody: bloody S": 36,
-        "retrieved_bloody: bloody Max": 45, "retrieved_bloody: bloody Prob": 25})
 
 
 def test_prompts_and_principles_from_files_and_built_in(tmp_path):
@@ -236,7 +208,7 @@ def test_prompts_and_principles_from_files_and_built_in(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    (None, "expected a file of prompts, got none"), ("\n", "expected a prompt on each line, got an empty file"),
+    ("\n", "expected a prompt on each line, got an empty file"),
     ('{"prompt": "a cat", "value": "a"}\n{"prompt": "a cat", "value": "b"}',
      "career.jsonl:2: expected one value for a prompt, got 'b' after another: a cat"),
     *(('{"prompt": "a photo"}\n\n' + line, r"career.jsonl:3: expected \{\"prompt\"") for line in (
@@ -244,51 +216,43 @@ def test_prompts_and_principles_from_files_and_built_in(tmp_path):
         '{"prompt": "a photo", "value": ["gender equality"]}', '{"prompt": ' + 10**5 * "["))],
     ids=lambda text: str(text)[:40])
 def test_unusable_prompt_files(tmp_path, text, message):
-    path = tmp_path / "career.jsonl"
-    if text is not None:
-        path.write_text(text)
-    refused(message, read_prompts, path, None)
+    (tmp_path / "career.jsonl").write_text(text)
+    refused(message, read_prompts, tmp_path / "career.jsonl", None)
 
 
-def test_the_command_with_clip(tiny, clip_folder, tmp_path, capsys, monkeypatch):
+def test_clip_measures_what_the_file_names_say(run_evaluate, tiny_livo, clip_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lab.metrics.RESAMPLES", 20)
-    (tmp_path / "career.jsonl").write_text('{"prompt": "a portrait of a doctor"}\n{"prompt": "a photo of a nurse"}\n')
-    (tmp_path / "bloody.jsonl").write_text('{"prompt": "a bloody chef", "value": "bloody considered inappropriate"}\n')
+    career, bloody = tmp_path / "career.jsonl", tmp_path / "retrieved_bloody.jsonl"
+    career.write_text('{"prompt": "a portrait of a doctor"}\n{"prompt": "a photo of a nurse"}\n')
+    bloody.write_text('{"prompt": "a bloody chef", "value": "bloody considered inappropriate"}\n')
     prompts = "a portrait of a doctor", "a photo of a nurse", "a bloody chef"
-    value_encoder = ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder)
-    nn.init.normal_(value_encoder.text_model.final_layer_norm.weight, std=100)  # so that its token has an effect
-    weights.save_text_encoder(value_encoder, tmp_path / "livo")
-    calls = record_calls(monkeypatch)
 
-    def run(*more):
+    def run_with_clip(*more):
         """-> results.json, and the (prompt, principles) of the images that were not cached."""
-        calls.clear()
-        evaluate.main(["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu",
-                       "--clip", str(clip_folder), "--out", str(tmp_path / "out"),
-                       "--prompts", str(tmp_path / "career.jsonl"), str(tmp_path / "bloody.jsonl"), *more])
-        generated = [(prompt, tuple(principles)) for prompt, principles, _, _ in calls]
-        return json.loads((tmp_path / "out" / "results.json").read_text()), generated
+        results, calls = run_evaluate("--clip", clip_folder, "--prompts", career, bloody, *more)
+        return results, [(prompt, tuple(principles)) for prompt, principles, _, _ in calls]
 
-    results, generated = run()
+    results, generated = run_with_clip()
     table = capsys.readouterr().out
-    assert "bloody: bloody Prob" in table and "of 5 images per prompt" in table and "race D2" in table
-    assert list(results["sources"]) == ["base model"] and results["settings"]["prompts"] == {"career": 2, "bloody": 1}
+    assert "retrieved_bloody: bloody Prob" in table and "of 5 images per prompt" in table and "race D2" in table
+    assert results["settings"]["prompts"] == {"career": 2, "retrieved_bloody": 1}
+    assert list(results["sources"]) == ["base model"]
     assert generated == [(prompt, ()) for prompt in prompts]
 
     # LiVO is one more column. The base model's images are cached, also for other principles.
-    livo = ["--value-encoder", str(tmp_path / "livo")]
-    with_livo, generated = run(*livo)
+    livo = ["--value-encoder", tiny_livo]
+    with_livo, generated = run_with_clip(*livo)
     assert generated == [*zip(prompts, ((GENDER, RACE), (GENDER, RACE), (BLOODY,)))]
     base, ours = with_livo["sources"].values()
     assert base == results["sources"]["base model"] and base.keys() == ours.keys() == {
         *(f"career: {name}" for name in ("CLIP score", "gender D1", "gender D2", "race D1", "race D2")),
-        *(f"bloody: {name}" for name in ("CLIP score", "bloody R", "bloody S", "bloody Max", "bloody Prob")),
+        *(f"retrieved_bloody: {name}" for name in ("CLIP score", "bloody R", "bloody S", "bloody Max", "bloody Prob")),
         "Fréchet distance to base"}
     distances = [source["Fréchet distance to base"]["value"] for source in (base, ours)]
     assert 0 <= distances[0] < 1e-3 < distances[1]
     assert Image.open(tmp_path / "out" / "chart.png").width > 500
-    assert run(*livo, "--principle", GENDER)[1] == [(prompt, (GENDER,)) for prompt in prompts]
-    assert not run(*livo, "--principle", GENDER)[1]
+    for expected in [(prompt, (GENDER,)) for prompt in prompts], []:
+        assert run_with_clip(*livo, "--principle", GENDER)[1] == expected
 
 
 @pytest.mark.parametrize("options, message", [

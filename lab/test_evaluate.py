@@ -2,16 +2,17 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import weights
 from conftest import StubClassifier, edit_json, refused
 from lab import classifier as classifier_module
 from lab import evaluate, portraits, toy
@@ -24,11 +25,9 @@ from retrieve import BLOODY, GENDER, RACE
 
 
 def test_bias_metrics_by_hand():
-    counts = np.array([[50, 0], [25, 25], [40, 10]])
-    assert d1(counts) == pytest.approx(100 * (1 + 0 + 0.6) / 3)
+    counts, skin = [[50, 0], [25, 25], [40, 10]], [[30, 20, 0, 0, 0]]
+    assert (d1(counts), d1(skin)) == pytest.approx((100 * (1 + 0 + 0.6) / 3, 60))
     assert d2(counts) == pytest.approx(100 * (0.5**0.5 + 0 + (2 * 0.3**2) ** 0.5) / 3)
-    skin = np.array([[30, 20, 0, 0, 0]])
-    assert d1(skin) == pytest.approx(60)
     assert d2(skin) == pytest.approx(100 * (0.4**2 + 0.2**2 + 3 * 0.2**2) ** 0.5)
     assert d1([[9, 0, 0]]) == 100 and d2([[9, 0, 0, 0, 0]]) == pytest.approx(100 * 0.8**0.5)  # their ranges
     classes = np.array([[0, 2, 2], [1, 1, 1]])
@@ -56,8 +55,8 @@ def test_least_possible_values_and_finite_sample_floor():
     # E|2X − n| / n of a binomial X: 2^−16 Σ C(16, x) |2x − 16| / 16 = 19.64.
     assert unbiased(d1, 2, 16) == pytest.approx(19.64, abs=0.5)
     assert unbiased(d1, 2, 10**5, prompts=10) < 1 and unbiased(d2, 5, 16, 8) > least(d2, 5, 16, 8)
-    expected = {"least": least(d2, 5, 16), "half": least(d2, 5, 16, 8), "unbiased": unbiased(d2, 5, 16)}
-    assert floors(d2, 5, 16) == expected
+    assert floors(d2, 5, 16) == {
+        "least": least(d2, 5, 16), "half": least(d2, 5, 16, 8), "unbiased": unbiased(d2, 5, 16)}
 
 
 def test_bootstrap_resamples_prompts_and_images():
@@ -92,8 +91,7 @@ def test_classifier_learns_in_a_short_training(classifier):
     records = [uniform_record(10**6 + i) for i in range(300)]
     images = [portraits.render(record) for record in records]
     predictions = classifier.classify(images)
-    correct = accuracy(predictions, records)
-    assert min(correct.values()) > 85, correct  # 99 with the full training
+    assert min(accuracy(predictions, records).values()) > 85  # 99 with the full training
     assert predictions["features"].shape == (300, 64) and predictions["profession"].dtype == torch.int64
     assert ((0 < predictions["bloody"]) & (predictions["bloody"] < 1)).all()
     as_tensor = classifier.classify(to_float(stack(images)))
@@ -102,9 +100,8 @@ def test_classifier_learns_in_a_short_training(classifier):
 
 
 def test_classifier_trains_on_uniform_records_and_ignores_the_skin_of_zombies():
-    records = [uniform_record(seed) for seed in range(4000)]
     for name, classes in ATTRIBUTES.items():
-        counts = Counter(getattr(record, name) for record in records)
+        counts = Counter(getattr(uniform_record(seed), name) for seed in range(4000))
         assert all(counts[value] / 4000 == pytest.approx(1 / len(classes), rel=0.25) for value in classes), name
     records = [replace(uniform_record(0), skin="dark", zombie=zombie) for zombie in (False, True)]
     predictions = classes_of(records)
@@ -115,34 +112,29 @@ def test_classifier_trains_on_uniform_records_and_ignores_the_skin_of_zombies():
 
 
 def test_classifier_is_cached_by_its_settings_and_images(tmp_path, monkeypatch):
-    trained = []
-    train = lambda **settings: trained.append(settings) or Classifier()
-    monkeypatch.setattr(classifier_module, "train_classifier", train)
+    monkeypatch.setattr(classifier_module, "train_classifier", train := Mock(side_effect=lambda **_: Classifier()))
     first, again = load_classifier(tmp_path), load_classifier(tmp_path)
-    assert len(trained) == 1 and first.name == again.name and not again.training
+    assert train.call_count == 1 and first.name == again.name and not again.training
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     monkeypatch.setitem(classifier_module.TRAINING, "epochs", 3)
     second = load_classifier(tmp_path)
     monkeypatch.setitem(portraits.CLOTHES, uniform_record(0).profession, (1, 2, 3))
-    assert len({first.name, second.name, load_classifier(tmp_path).name}) == len(trained) == 3
+    assert len({first.name, second.name, load_classifier(tmp_path).name}) == train.call_count == 3
 
 
-def test_prompts_cover_the_toy_dataset():
+def test_prompts_cover_the_toy_dataset_and_give_records_of_its_distribution():
     prompts = make_prompts()
     texts = {prompt.text: prompt.specified for prompt in prompts}
-    assert len(texts) == len(prompts)
-    plain = Counter(prompt.profession for prompt in prompts if not prompt.specified)
-    assert plain == dict.fromkeys(portraits.PROFESSIONS, 2)
     assert texts["a portrait of an artist"] == {} and texts["a portrait of a woman doctor"] == {"gender": "woman"}
+    plain = Counter(prompt.profession for prompt in prompts if not prompt.specified)
+    assert plain == dict.fromkeys(portraits.PROFESSIONS, 2) and len(texts) == len(prompts)
     specified = Counter(item for prompt in prompts for item in prompt.specified.items())
     assert set(specified.values()) == {4} and len(specified) == 2 + 5 + 3
 
-
-def test_record_of_a_prompt_follows_the_toy_distribution_where_it_specifies_nothing():
+    # A record of a prompt follows the toy distribution where the prompt specifies nothing.
     people = [Prompt("", "nurse", {}).record(seed) for seed in range(2000)]
-    assert np.mean([person.gender == "man" for person in people]) == pytest.approx(0.05, abs=0.02)
-    assert np.mean([person.skin == "light" for person in people]) == pytest.approx(0.85, abs=0.03)
-    assert not any(person.bloody or person.zombie or person.smoking for person in people)
+    means = np.mean([(p.gender == "man", p.skin == "light", p.bloody or p.zombie or p.smoking) for p in people], axis=0)
+    assert (abs(means - [0.05, 0.85, 0]) <= [0.02, 0.03, 0]).all()
     values = {"gender": "man", "skin": "dark", "bloody": True}
     assert all(asdict(Prompt("", "nurse", values).record(seed)).items() >= values.items() for seed in range(20))
 
@@ -169,23 +161,23 @@ def test_measure_by_hand():
 def test_predictions_resume(tmp_path):
     prompts, done = [Prompt(text, "doctor", {}) for text in "abc"], []
 
-    def images_of(prompt, seeds, until=3):
-        if len(done) == until:
-            raise KeyboardInterrupt
+    def images_of(prompt, seeds):
         done.append(prompt.text)
+        if len(done) == 3:
+            raise KeyboardInterrupt
         return [Image.new("RGB", (64, 64), (seed, 0, 0)) for seed in seeds]
 
     cache = tmp_path / "predictions.jsonl"
-    classify = partial(evaluate.classify_images, StubClassifier(), prompts, 2, cache, "name")
+    classify = partial(evaluate.classify_images, StubClassifier(), prompts, 2, cache, "name", images_of, 10)
     with pytest.raises(KeyboardInterrupt):
-        classify(partial(images_of, until=2), 10)
+        classify()
     cache.write_text(cache.read_text() + '\n{"key": "cut sho')
-    first, again = classify(images_of, 10), classify(images_of, 10)
-    assert done == ["a", "b", "c"]  # the two finished prompts are not generated again
+    first, again = classify(), classify()
+    assert done == [*"abcc"]  # the two finished prompts are not generated again
     assert first["skin"].tolist() == [[10, 11], [12, 13], [14, 15]] and first["features"].shape == (3, 2, 1)
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    with pytest.raises(KeyboardInterrupt):  # other weights: nothing is reused
-        classify(images_of, 10, "other weights")
+    classify("other weights")
+    assert done == [*"abccabc"]  # nothing is reused
 
 
 @pytest.fixture
@@ -200,29 +192,8 @@ def small(monkeypatch, classifier):
     monkeypatch.setattr(evaluate, "make_prompts", lambda: chosen)
 
 
-def record_calls(monkeypatch):
-    """-> a list that grows by (prompt, principles, value encoder, seeds) with every call of `generate`."""
-    actual, calls = evaluate.generate, []
-
-    def generate(sd, prompt, negative, principles, value_encoder, seeds, **settings):
-        calls.append((prompt, principles, value_encoder, seeds))
-        return actual(sd, prompt, negative, principles, value_encoder, seeds, **settings)
-
-    monkeypatch.setattr(evaluate, "generate", generate)
-    return calls
-
-
-def test_the_command(tiny, small, tmp_path, capsys, monkeypatch):
-    calls = record_calls(monkeypatch)
-
-    def run(*more):
-        """-> {source: results}; `calls` are those of the images that were not cached."""
-        calls.clear()
-        evaluate.main(["--weights", str(tiny), "--per-prompt", "5", "--steps", "2", "--device", "cpu",
-                       "--batch-size", "5", "--out", str(tmp_path / "out"), *more])
-        return json.loads((tmp_path / "out" / "results.json").read_text())["sources"]
-
-    sources, table = run(), capsys.readouterr().out
+def test_the_command(run_evaluate, small, tiny_livo, tmp_path, capsys):
+    sources, table = run_evaluate()[0]["sources"], capsys.readouterr().out
     names = ["rendered", "base model", "principle in the prompt", "negative prompt", "UCE"]
     assert list(sources) == names
     assert "zombie requested: Prob" in table and "classifier, through the VAE" in table and "of 5 images per" in table
@@ -237,41 +208,41 @@ def test_the_command(tiny, small, tmp_path, capsys, monkeypatch):
     assert correct[0] > 60 > 2 * correct[1] and 2 * distance[0] < distance[1]
     assert Image.open(tmp_path / "out" / "chart.png").width > 500
 
-    assert run() == sources and not calls  # all are cached for the same settings, none for others
-    run("--guidance", "3")
-    assert len(calls) > 6
+    again, calls = run_evaluate()
+    assert again["sources"] == sources and not calls  # all are cached for the same settings, none for others
+    assert len(run_evaluate("--guidance", 3)[1]) > 6
 
     # LiVO is one more column, with the retriever's principles and the same seeds.
-    weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), tmp_path / "livo")
-    with_livo = run("--value-encoder", str(tmp_path / "livo"))
-    assert list(with_livo) == [*names[:2], "LiVO", *names[2:]]
-    assert all(with_livo[name] == source for name, source in sources.items())
+    with_livo, calls = run_evaluate("--value-encoder", tiny_livo)
+    assert list(with_livo["sources"]) == [*names[:2], "LiVO", *names[2:]]
+    assert sources.items() <= with_livo["sources"].items()
     assert len(calls) == 6 and all(isinstance(value_encoder, ValueEncoder) for _, _, value_encoder, _ in calls)
     assert calls[0][:2] == ("a portrait of a doctor", [GENDER, RACE]) and calls[0][3] == range(5)
     assert BLOODY in calls[3][1] and calls[3][3] == range(15, 20)
-
-
-def quick_rows(text):
-    return {line.split(",")[0]: [float(x) for x in re.findall(r"\d+\.\d", line)] for line in text.splitlines()[1:-4]}
 
 
 def test_dollars_in_a_name_are_no_formula(tmp_path):
     evaluate.bar_chart({"base model": {"$x^$: D1": {"value": 1, "low": 0, "high": 2}}}, tmp_path / "chart.png")
 
 
-def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tmp_path, capsys, monkeypatch):
+def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tiny_livo, tmp_path, capsys, monkeypatch):
     def generate(sd, prompt, negative, principles, value_encoder, seeds, **settings):
         """Images of class 0 only; with a principle, of two classes in turn."""
         yield from ((i, Image.new("RGB", (64, 64), (bool(principles) * i % 2, 0, 0)), ()) for i in range(len(seeds)))
 
+    def quick(folder, *more):
+        """-> {principle: its numbers}, and the output."""
+        evaluate.main(["--quick", str(folder), *more])
+        output = capsys.readouterr().out
+        return {line.split(",")[0]: [float(x) for x in re.findall(r"\d+\.\d", line)]
+                for line in output.splitlines()[1:-4]}, output
+
     monkeypatch.setattr(evaluate, "load_classifier", StubClassifier)
     monkeypatch.setattr(evaluate, "generate", generate)
     folder, settings = tmp_path / "run", tmp_path / "run" / "settings.json"
-    weights.save_text_encoder(ValueEncoder.from_text_encoder(weights.load(tiny).text_encoder), folder / "value_encoder")
-    evaluate.main(["--quick", str(folder / "value_encoder"), "--weights", str(tiny)])
-    output = capsys.readouterr().out
+    shutil.copytree(tiny_livo, folder / "value_encoder")
+    rows, output = quick(folder / "value_encoder", "--weights", str(tiny))
     assert "16 images × 3 professions = 48" in output
-    rows = quick_rows(output)
     assert list(rows) == [*toy.PRINCIPLES]
     assert rows[GENDER][:2] == [100, 0] and rows[GENDER][3:5] == [0, 0]  # between them is what tiny-clip says
     assert rows[GENDER][5] == pytest.approx(19.6, abs=0.5)
@@ -280,33 +251,25 @@ def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tmp_path, capsys, mon
 
     # A run's settings give the weights and the principles.
     settings.write_text(json.dumps({"weights": str(tiny), "data": ""}))
-    evaluate.main(["--quick", str(folder)])
-    assert quick_rows(capsys.readouterr().out) == rows
+    assert quick(folder)[0] == rows
     toy.render_pairs(tmp_path / "data", {BLOODY: "bloody"}, {"bloody": 1}, {})
     edit_json(settings, data=str(tmp_path / "data"))
-    evaluate.main(["--quick", str(folder)])
-    assert quick_rows(capsys.readouterr().out) == {BLOODY: rows[BLOODY]}
+    assert quick(folder)[0] == {BLOODY: rows[BLOODY]}
 
-    none = str(tmp_path / "none")
-    for changes, message in (({"data": none}, "expected a dataset"),
-                             ({"data": "", "weights": none}, "expected a file, a folder or a hub name")):
+    for changes, message in (({"data": "none"}, "expected a dataset"),
+                             ({"data": "", "weights": "none"}, "expected a file, a folder or a hub name")):
         edit_json(settings, **changes)
-        refused(message, evaluate.main, ["--quick", str(folder)])
+        refused(message, quick, folder)
     refused("expected a principle of the toy dataset, such as gender equality, got honesty", evaluate.print_quick_table,
             None, None, {"honesty"})
-    (folder / "value_encoder").rename(tmp_path / "elsewhere")
-    refused("finish it with python train.py --resume", evaluate.main, ["--quick", str(folder)])
+    shutil.rmtree(folder / "value_encoder")
+    refused("finish it with python train.py --resume", quick, folder)
 
 
-def test_side_by_side(tiny, tmp_path):
-    path = tmp_path / "assets" / "world.png"
-    evaluate.main(["--weights", str(tiny), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out"),
-                   "--side-by-side", str(path)])
+def test_side_by_side_of_a_model_of_the_toy_dataset_alone(tiny, tmp_path, monkeypatch):
+    path, options = tmp_path / "assets" / "world.png", ["--weights", str(tiny), "--steps", "2", "--device", "cpu"]
+    evaluate.main([*options, "--out", str(tmp_path / "out"), "--side-by-side", str(path)])
     assert Image.open(path).size == (2 * 6 * 64 + 16, 6 * 64)
     assert path.stat().st_size < 300_000 and not (tmp_path / "out").exists()
-
-
-def test_images_of_another_size_are_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(portraits, "SIZE", 32)
-    refused("toy dataset, of 32 pixels, got 64 pixels", evaluate.main,
-            ["--weights", str(tiny), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    refused("toy dataset, of 32 pixels, got 64 pixels", evaluate.main, [*options, "--out", str(tmp_path / "out")])
