@@ -6,11 +6,10 @@ from dataclasses import fields
 
 from clip_text import ACTIVATIONS, CLIPTextConfig, CLIPTextModel
 from common import UserError, read_json
-from formats.fields import check_fields
+from formats.fields import pick_fields
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-CONFIGS = {UNet: UNetConfig, VAE: VAEConfig}
 # Keys of config.json for which the networks here support one value only.
 FIXED = {UNet: dict(
     _class_name="UNet2DConditionModel", act_fn="silu", addition_embed_type=None, attention_type="default",
@@ -51,7 +50,8 @@ SIGNS = {  # the start of a file's name -> what the folder is instead
 
 def listing(folder):
     """The files of a folder and of its folders, as a hub repository lists them: `unet/config.json`."""
-    return [p.relative_to(folder).as_posix() for p in [*folder.glob("*"), *folder.glob("*/*")] if p.is_file()]
+    paths = [*folder.glob("*"), *folder.glob("[!.]*/*")]  # a hidden folder, which is being written, may vanish
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
 def under(prefix, names):
@@ -84,16 +84,15 @@ def text_encoder_folder(path, source):
     return path / text_encoder_prefix(listing(path), source)
 
 
-def text_config(config):
+def text_config(config, where):
     """The dictionary in a text encoder's config.json -> CLIPTextConfig. Raises UserError if it is unsupported."""
-    names = [field.name for field in fields(CLIPTextConfig)]
     if config.get("model_type", "clip_text_model") != "clip_text_model":
-        raise UserError(f"expected model_type clip_text_model, got {config['model_type']}")
-    if missing := [name for name in names if name not in config]:
-        raise UserError(f"expected {', '.join(missing)} in its config, got none")
-    if config["hidden_act"] not in ACTIVATIONS:
-        raise UserError(f"expected hidden_act {' or '.join(ACTIVATIONS)}, got {config['hidden_act']}")
-    config = CLIPTextConfig(**{name: config[name] for name in names})
+        raise UserError(f"{where}: expected model_type clip_text_model, got {config['model_type']}")
+    if missing := [field.name for field in fields(CLIPTextConfig) if field.name not in config]:
+        raise UserError(f"{where}: expected {', '.join(missing)}, as a text encoder's config has them, got none")
+    config = pick_fields(CLIPTextConfig, config, where)
+    if config.hidden_act not in ACTIVATIONS:
+        raise UserError(f"{where}: expected hidden_act {' or '.join(ACTIVATIONS)}, got {config.hidden_act}")
     if config.eos_token_id == 2:
         # Published files of SD say 2, the id of "#". The end of text is CLIP's 49407, or a small vocabulary's last.
         config.eos_token_id = min(49407, config.vocab_size - 1)
@@ -104,10 +103,7 @@ def read_config(path, network):
     """config.json -> the config of a UNet, VAE or CLIPTextModel. Raises UserError for any other."""
     config = read_json(path)
     if network is CLIPTextModel:
-        try:
-            return check_fields(text_config(config), path)
-        except (UserError, TypeError) as error:
-            raise UserError(f"{path}: expected the config of a text encoder, got: {error}") from error
+        return text_config(config, path)
     # None, False, 0 and a missing key are the same.
     wrong = [f"{key} {only!r}, got {config[key]!r}" for key, only in FIXED[network].items()
              if (config.get(key, only) or None) != (only or None)]
@@ -119,18 +115,12 @@ def read_config(path, network):
         wrong.append(f"mid_block_type {' or '.join(map(str, MID_BLOCK_TYPES))}, got {kind!r}")
     if wrong:
         raise UserError(f"{path}: expected {'; '.join(wrong[:3])}")
-    cls = CONFIGS[network]
-    values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    values |= {field.name: False for field in fields(cls) if field.type is bool and values.get(field.name) is None}
-    return correct_sample_size(check_fields(cls(**values), path), config.get("_diffusers_version"), path)
-
-
-def correct_sample_size(config, version, path):
-    """Before version 0.9 diffusers' conversion script wrote sample_size 32 for models of 64. Its pipeline takes 64."""
-    match = re.match(r"(\d{1,3})\.(\d{1,3})", str(version))
-    old = match and (int(match[1]), int(match[2])) < (0, 9)
-    if isinstance(config, UNetConfig) and old and config.sample_size < 64:
+    cls, version = UNetConfig if network is UNet else VAEConfig, str(config.get("_diffusers_version"))
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    config |= {field.name: False for field in fields(cls) if field.type is bool and config.get(field.name) is None}
+    config = pick_fields(cls, config, path)
+    # Before 0.9 the conversion script of diffusers wrote sample_size 32 for models of 64. Its pipeline takes 64.
+    if network is UNet and re.match(r"0\.[0-8](?!\d)", version) and config.sample_size < 64:
         warnings.warn(f"{path}: sample_size {config.sample_size} of diffusers {version:.20} is taken as 64")
         config.sample_size = 64
     return config

@@ -159,10 +159,9 @@ def read_unet(tensors, prediction_type):
 
 def read_vae(tensors):
     """-> VAEConfig and the tensors under our names. CompVis counts the decoder's levels backwards."""
-    tensors = renamed(tensors, VAE_NAMES)
-    levels = count(tensors, r"encoder\.down_blocks\.(\d+)")
+    levels = count(tensors, r"encoder\.down\.(\d+)")
     flip = (r"\.up_blocks\.(\d+)", lambda match: f".up_blocks.{levels - 1 - int(match[1])}")
-    tensors = renamed(tensors, [flip])
+    tensors = renamed(tensors, [*VAE_NAMES, flip])
     return VAEConfig(
         in_channels=tensors["encoder.conv_in.weight"].shape[1],
         out_channels=tensors["decoder.conv_out.weight"].shape[0],

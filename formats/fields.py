@@ -34,9 +34,13 @@ class SchedulerConfig:
 def read_scheduler(path):
     """scheduler_config.json -> its dictionary. Raises UserError for a field of the wrong type or range."""
     config = read_json(path)
-    known = {field.name for field in fields(SchedulerConfig)}
-    check_fields(SchedulerConfig(**{key: value for key, value in config.items() if key in known}), path)
+    pick_fields(SchedulerConfig, config, path)
     return config
+
+
+def pick_fields(cls, config, where):
+    """A dictionary -> the dataclass with those of its keys that are fields, checked."""
+    return check_fields(cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config}), where)
 
 
 def check_fields(config, where):

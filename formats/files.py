@@ -8,6 +8,7 @@ import zipfile
 import torch
 
 from common import UserError, regular
+from formats.messages import expecting
 from vae import VAE
 
 WEIGHT_FILE = re.compile(  # with the two places that versions of diffusers gave a shard's variant
@@ -59,16 +60,11 @@ def unpickle(path, mmap=False):
 
 def read_pickle(path):
     """A .ckpt or .bin file -> {name: memory-mapped tensor}."""
-    try:
+    with expecting(path, "a file of tensors"):
         tensors = unpickle(path, mmap=True)
         for _ in range(MAX_NESTING):  # twice in some files; a hostile one may hold itself
             tensors = tensors.get("state_dict", tensors)
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        # torch's own message advises to allow all code. What it refused is the error's context.
-        raise UserError(f"{path}: expected a file of tensors, got {error.__context__ or error!r}") from error
 
 
 def check_archive(path):

@@ -1,18 +1,19 @@
 """Messages of argparse and of the system in the form of this repository: `what: expected …, got …`."""
 
+import contextlib
 import os
 import re
 import sys
 from errno import EDQUOT, EFBIG, EIO, ENOMEM, ENOSPC, EPIPE
+from pickle import UnpicklingError
 
 import torch
 
 from common import UserError
 
 # Options that have a new name, or none.
-RENAMED = {"--value-share": "--value-fraction", "--harmless": "--preservation"}
-REMOVED = ("--bias-share", "--bias-alpha-scale", "--t-low", "--min-timestep", "--token-lr", "--final-ln-lr-scale",
-           "--together", "--group-size")
+RENAMED = {"--value-share": "--value-fraction", "--harmless": "--preservation", "--token-lr": "--final-ln-lr-scale"}
+REMOVED = "--bias-share", "--bias-alpha-scale", "--t-low", "--min-timestep", "--together", "--group-size"
 ARGPARSE = {
     r"^argument (?:-\w/)?": "",
     r"invalid choice: (.*) \(choose from (.*)\)": r"expected one of \2, got \1",
@@ -24,8 +25,6 @@ ARGPARSE = {
     r"^ambiguous option: (.*) could match (.*)": r"expected one of \2, got \1",
     r"^unrecognized arguments: (.*)": r"expected the options of --help, got \1",
 }
-
-
 SYSTEM = EPIPE, ENOSPC, EDQUOT, EFBIG, EIO, ENOMEM  # errors that name no file
 
 
@@ -35,6 +34,19 @@ def tell(*words):
         print(*words, file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = open(os.devnull, "w")  # Python flushes the other again when it exits
+
+
+@contextlib.contextmanager
+def expecting(where, what):
+    """Whatever reading a file or folder `where` raises becomes a UserError: damage can raise anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # torch's own message advises to allow all code. What it refused is the error's context.
+        cause = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
+        raise UserError(f"{where}: expected {what}, got {type(cause).__name__}: {cause}") from error
 
 
 def of_argparse(message):

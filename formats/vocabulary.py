@@ -7,6 +7,7 @@ from tokenizers.models import BPE
 
 from clip_text import BOS, END_OF_WORD, EOS
 from common import UserError, read_json, regular
+from formats.messages import expecting
 
 SPECIAL_TOKENS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -22,7 +23,7 @@ def read_vocabulary(folder):
         "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"))
     if "added_tokens_decoder" not in config:  # in older folders another file has precedence
         config |= special
-    try:
+    with expecting(folder, "CLIP's vocab.json and merges.txt, or its tokenizer.json"):
         if whole:
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
             merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
@@ -33,9 +34,6 @@ def read_vocabulary(folder):
             raise ValueError(f"a merge {unknown[0]} into no token of the vocabulary")  # the library would abort
         bpe = BPE(vocab, merges, unk_token=EOS, end_of_word_suffix=END_OF_WORD)
         added, special = added_tokens(config, whole)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"{folder}: expected CLIP's vocab.json and merges.txt, or its tokenizer.json, "
-                        f"got {error!r}") from error
     if not merges:
         raise UserError(f"{folder}: expected merges of byte pairs in merges.txt or tokenizer.json, got none")
     if missing := set(special.values()) - set(vocab):

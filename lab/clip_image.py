@@ -10,7 +10,7 @@ no classifier was trained. Papers: Radford et al. 2021, arXiv 2103.00020 (CLIP);
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 
 import torch
@@ -23,7 +23,7 @@ from clip_text import ACTIVATIONS, CLIPEncoderLayer, CLIPTextConfig, CLIPTextMod
 from common import UserError, atomic_folder, read_json, write_json
 from formats.checks import fit_to_tokenizer, listing, text_config
 from formats.export import save_tokenizer
-from formats.fields import check_fields
+from formats.fields import pick_fields
 from formats.files import weight_files
 from formats.hub import locate
 from lab.portraits import stack
@@ -32,7 +32,6 @@ from weights import SubModel, build, read_tensors
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 # transformers' defaults, for keys that config.json leaves out: those of ViT-B/32.
 TEXT_DEFAULTS = asdict(CLIPTextConfig()) | dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
-PROJECTION_DIM = 512
 
 
 @dataclass
@@ -54,21 +53,7 @@ class CLIPVisionConfig:
 class CLIPConfig:
     text: CLIPTextConfig
     vision: CLIPVisionConfig
-    projection_dim: int
-
-    @classmethod
-    def from_dict(cls, config):
-        """From the dictionary in config.json. Raises UserError for another kind of model."""
-        parts = [config.get(key) for key in ("text_config", "vision_config")]
-        if config.get("model_type", "clip") != "clip" or not all(isinstance(part, dict) for part in parts):
-            raise UserError("expected model_type clip with a text_config and a vision_config, "
-                            f"got model_type {config.get('model_type')}")
-        text = text_config(TEXT_DEFAULTS | parts[0])
-        names = [field.name for field in fields(CLIPVisionConfig)]
-        vision = CLIPVisionConfig(**{name: parts[1][name] for name in names if name in parts[1]})
-        if vision.hidden_act not in ACTIVATIONS:
-            raise UserError(f"image encoder: expected hidden_act {' or '.join(ACTIVATIONS)}, got {vision.hidden_act}")
-        return cls(text, vision, config.get("projection_dim", PROJECTION_DIM))
+    projection_dim: int = 512
 
 
 class CLIPImageEncoder(nn.Module):
@@ -143,6 +128,20 @@ class Preprocessor:
         return image.crop((left, top, left + self.size, top + self.size))
 
 
+def read_clip_config(path):
+    """config.json -> CLIPConfig. Raises UserError for another kind of model."""
+    config = read_json(path)
+    text, vision = config.get("text_config"), config.get("vision_config")
+    if config.get("model_type", "clip") != "clip" or not isinstance(text, dict) or not isinstance(vision, dict):
+        raise UserError(f"{path}: expected model_type clip with a text_config and a vision_config, "
+                        f"got model_type {config.get('model_type')}")
+    vision = pick_fields(CLIPVisionConfig, vision, path)
+    if vision.hidden_act not in ACTIVATIONS:
+        raise UserError(f"{path}, image encoder: expected hidden_act {' or '.join(ACTIVATIONS)}, "
+                        f"got {vision.hidden_act}")
+    return pick_fields(CLIPConfig, config | {"text": text_config(TEXT_DEFAULTS | text, path), "vision": vision}, path)
+
+
 def read_preprocessor(path, size):
     """preprocessor_config.json -> Preprocessor. Raises UserError for other steps than the above."""
     config = read_json(path)
@@ -209,20 +208,13 @@ def load_clip(source, *, dtype=torch.float32, device="cpu"):
     folder = locate(source, wanted, ["config.json"])
     if not folder.is_dir():
         raise UserError(f"{folder}: expected the folder of a CLIP model, got a file")
-    config = read_json(folder / "config.json")
-    try:
-        config = check_fields(CLIPConfig.from_dict(config), "CLIP")
-    except (UserError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: expected the config of a CLIP model, got: {error}") from error
+    config = read_clip_config(folder / "config.json")
     preprocessor = read_preprocessor(folder / "preprocessor_config.json", config.vision.image_size)
     tokenizer = CLIPTokenizer(folder)
     fit_to_tokenizer(config.text, tokenizer, source)
-
     tensors = {}
     for name in weight_files(listing(folder), dtype, folder):
         tensors |= read_tensors(folder / name)
-    # Older files also hold the position indices 0, 1, 2, …
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
     return CLIP(build(CLIPModel, SubModel(config, tensors, folder), dtype, device), tokenizer, preprocessor)
 
 
