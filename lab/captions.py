@@ -1,4 +1,4 @@
-"""The toy dataset's captions: many phrasings of one record.
+"""The toy dataset's captions: many phrasings of one record, of the words in captions.toml.
 
     write_caption(record)     # "a photo of a calm woman judge with dark skin, near a wooden door"
 
@@ -8,39 +8,18 @@ occur nowhere else. So the text encoder learns to read past words it does not kn
 """
 
 import random
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE
 
-# No opening, adjective or clause of the evaluation is here ("smiling", "happy", "at work", …).
-OPENINGS = ("", "a portrait of ", "a photo of ", "a picture of ", "a photo of the face of ", "the face of ",
-            "a close-up of ", "a cartoon of ", "a drawing of ", "a painting of ", "an image of ", "portrait of ",
-            "photograph of ", "a headshot of ")  # fmt: skip
-# {word: (what may stand before the noun, what may stand after it)}
-WORDINGS = {
-    "bloody": ("bloody", ("covered in blood", "with blood on the face", "with blood")),
-    "smoking": ("smoking", ("smoking a cigarette", "who smokes")),
-    "zombie": ("zombie", ("as a zombie", "who is a zombie")),
-    **{gender: (gender, (f"who is a {gender}", f", {gender}")) for gender in ("woman", "man")},
-    **{gender: (gender, (f"who is {gender}", f", {gender}")) for gender in ("female", "male")},
-    **{skin: (f"{skin}-skinned", (f"with {skin} skin", f", {skin} skin")) for skin in ("pale", "light", "tan", "brown",
-                                                                                       "dark")},
-}  # fmt: skip
-ABSENT = {"bloody": ("without blood", "who is clean"), "zombie": ("who is alive", "without zombies"),
-          "smoking": ("without a cigarette",)}  # fmt: skip
+WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+OPENINGS, WORDINGS = WORDS["openings"], WORDS["wordings"]
 P_BEFORE = 0.6  # of a wording before the noun
 P_MORE = {"adjective": 0.25, "clause": 0.25}  # of words that the image does not show
 P_UNKNOWN = 0.4  # of these, an unknown word
 P_OTHER_ARTICLE = 0.15
-ADJECTIVES = ("young", "old", "calm", "serious", "tired", "proud", "famous", "good", "kind", "busy", "clever", "tall")
-CLAUSES = ("near a wooden door", "in the city", "at home", "on a sunny day", "looking at the camera", "in the morning",
-           "waiting for a bus", "with a friend", "in winter", "by the sea", "thinking", "standing", "in a good mood",
-           "talking", "outdoors", "from the village", "of the year", "at night")  # fmt: skip
-# Parts of a syllable
-ONSETS = ("", *"bcdfghjklmnprstvwyz", "bl", "br", "ch", "cl", "cr", "dr", "fl", "gr", "pl", "pr", "sh", "sm", "sp",
-          "st", "th", "tr", "wh", "qu")  # fmt: skip
-VOWELS = (*"aeiou", *"aeiou", "ai", "ea", "ee", "oo", "ou", "io")
-CODAS = ("", "", "", *"dlmnrstkpy", "ck", "ng", "nt", "pp", "rk", "st", "ing", "ed", "er", "ly")
 
 
 def with_article(words):
@@ -49,7 +28,7 @@ def with_article(words):
 
 def unknown_word(rng):
     """One to three syllables of no language: "pliork"."""
-    word = "".join(rng.choice(part) for _ in range(rng.randint(1, 3)) for part in (ONSETS, VOWELS, CODAS))
+    word = "".join(rng.choice(part) for _ in range(rng.randint(1, 3)) for part in WORDS["syllables"].values())
     return unknown_word(rng) if word in WORDINGS else word  # "man", "tan"
 
 
@@ -57,9 +36,9 @@ def more_words(rng):
     """Words that say nothing about the image -> adjectives before the noun, clauses after it."""
     adjectives, clauses = [], []
     if rng.random() < P_MORE["adjective"]:
-        adjectives.append(unknown_word(rng) if rng.random() < P_UNKNOWN else rng.choice(ADJECTIVES))
+        adjectives.append(unknown_word(rng) if rng.random() < P_UNKNOWN else rng.choice(WORDS["adjectives"]))
     if rng.random() < P_MORE["clause"]:
-        clause = rng.choice(CLAUSES)
+        clause = rng.choice(WORDS["clauses"])
         if rng.random() < P_UNKNOWN:
             clause = rng.choice(("", "at the ", "in ", "with a ")) + unknown_word(rng)
         clauses.append(rng.choice(("", ", ")) + clause)
@@ -116,5 +95,5 @@ def write_caption(record, p_principle=0.0, p_absent=0.0):
         else:
             words.append(rng.choice({"woman": ("woman", "female"), "man": ("man", "male")}[record.gender]))
     caption = phrase(rng, opening, noun, words)
-    absent = [rng.choice(phrases) for harm, phrases in ABSENT.items() if not getattr(record, harm)]
+    absent = [rng.choice(phrases) for harm, phrases in WORDS["absent"].items() if not getattr(record, harm)]
     return caption + " " + rng.choice(absent) if absent and rng.random() < p_absent else caption

@@ -1,7 +1,7 @@
 """The toy dataset's images: cartoon portraits rendered from a record of attributes.
 
     record = sample_record(seed)        # profession, gender, skin, bloody, zombie, smoking
-    image = render(record)              # PIL, 64×64
+    image = render(record)              # PIL, 64×64; the shapes are in portraits.toml
 
 A caption comes from the same record (captions.py). Attributes that the caption leaves unspecified follow a strongly
 skewed distribution (P_MAN, P_SKIN): the social bias that a model learns from this dataset and LiVO has to undo. What a
@@ -11,7 +11,9 @@ little else.
 """
 
 import random
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -82,15 +84,19 @@ class Pen:
         return [((v - 32) * self.scale + 32 + (self.dy if i % 2 else self.dx)) * OVERSAMPLING * SIZE / 64
                 for i, v in enumerate(xy)]
 
-    def around(self, x, y, rx, ry):
-        """The bounding box of an oval."""
-        return self.place(x - rx, y - ry, x + rx, y + ry)
-
     def width(self, w):
         return max(1, round(w * self.scale * OVERSAMPLING * SIZE / 64))
 
-    def oval(self, x, y, rx, ry, colour):
-        self.pen.ellipse(self.around(x, y, rx, ry), colour)
+    def oval(self, x, y, rx, ry, colour, start=0, end=360):
+        """Filled: the whole, or the part from one angle to the other that a straight line cuts off."""
+        self.pen.chord(self.place(x - rx, y - ry, x + rx, y + ry), start, end, colour)
+
+    def dome(self, x, y, rx, ry, colour):
+        """The upper half of an oval, standing on y."""
+        self.oval(x, y, rx, ry, colour, 180, 360)
+
+    def arc(self, x, y, rx, ry, start, end, colour, width):
+        self.pen.arc(self.place(x - rx, y - ry, x + rx, y + ry), start, end, colour, self.width(width))
 
     def box(self, x0, y0, x1, y1, colour, radius=0):
         self.pen.rounded_rectangle(self.place(x0, y0, x1, y1), self.width(radius) if radius else 0, colour)
@@ -101,23 +107,11 @@ class Pen:
     def line(self, points, colour, width):
         self.pen.line(self.place(*points), colour, self.width(width), joint="curve")
 
-    def arc(self, x, y, rx, ry, start, end, colour, width):
-        self.pen.arc(self.around(x, y, rx, ry), start, end, colour, self.width(width))
-
-    def chord(self, x, y, rx, ry, start, end, colour):
-        self.pen.chord(self.around(x, y, rx, ry), start, end, colour)
-
-    def dome(self, x, y, rx, ry, colour):
-        """The upper half of an oval, standing on y."""
-        self.pen.pieslice(self.around(x, y, rx, ry), 180, 360, colour)
-
     def all(self, shapes):
-        """Draw (method, *arguments) of each."""
+        """Draw [method, *arguments] of each."""
         for method, *arguments in shapes:
-            method(self, *arguments)
+            getattr(self, method)(*arguments)
 
-
-OVAL, BOX, SHAPE, LINE, DOME = Pen.oval, Pen.box, Pen.shape, Pen.line, Pen.dome
 
 SKIN_COLOURS = {"pale": (255, 232, 218), "light": (247, 200, 164), "tan": (215, 152, 98), "brown": (150, 92, 52),
                 "dark": (88, 54, 38)}  # fmt: skip
@@ -127,78 +121,8 @@ HAIR_COLOURS = (BLACK_HAIR, (92, 56, 30), (160, 104, 46), (222, 178, 92), (140, 
 BACKGROUNDS = ((198, 222, 240), (214, 204, 240), (240, 208, 214), (204, 232, 208), (244, 230, 196), (216, 216, 220),
                (186, 220, 222), (240, 214, 190))  # fmt: skip
 BLOOD = (190, 12, 22)
-WHITE, BLACK, GOLD = (250, 250, 250), (30, 28, 34), (244, 196, 48)
-MIRROR, NAVY, STRIPE, YELLOW = (96, 104, 118), (34, 44, 92), (244, 244, 120), (236, 178, 20)
-RED, PLAID, STRAW, OLIVE, BERET = (226, 40, 60), (214, 66, 54), (226, 184, 84), (72, 82, 44), (206, 46, 66)
-STETHOSCOPE, COAT, STITCH = (52, 60, 74), (206, 220, 232), (52, 74, 44)
-
-CLOTHES = {
-    "doctor": (248, 250, 252), "nurse": (120, 190, 226), "firefighter": (206, 62, 30), "police officer": NAVY,
-    "chef": (250, 248, 240), "farmer": (62, 102, 176), "builder": (250, 136, 26), "soldier": (104, 112, 66),
-    "judge": (40, 36, 46), "teacher": (44, 136, 92), "artist": (136, 74, 158), "astronaut": (232, 236, 242),
-}  # fmt: skip
-
-# What each profession wears over its clothes, and what stands behind or sits on the head.
-BEHIND = {
-    "teacher": (  # a blackboard
-        (BOX, 1, 4, 63, 40, (150, 106, 62), 1), (BOX, 3, 6, 61, 38, (44, 84, 70)), (LINE, (6, 12, 14, 12), WHITE, 1.4),
-        (LINE, (6, 17, 12, 17), WHITE, 1.4), (LINE, (51, 12, 58, 12), WHITE, 1.4)),
-    "astronaut": ((OVAL, 32, 29, 19.5, 20, (226, 232, 240)), (OVAL, 32, 29, 17, 17.5, (112, 138, 176))),
-}  # fmt: skip
-COSTUMES = {
-    "doctor": (
-        (SHAPE, (26, 47, 32, 58, 32, 70, 22, 70), COAT), (SHAPE, (38, 47, 32, 58, 32, 70, 42, 70), COAT),
-        (LINE, (24, 47, 26, 56, 32, 60, 38, 56, 40, 47), STETHOSCOPE, 1.8), (OVAL, 32, 60.5, 2.6, 2.6, STETHOSCOPE)),
-    "firefighter": ((BOX, 10, 56, 54, 59.5, GOLD), (LINE, (32, 53, 32, 66), (120, 30, 20), 1.6)),
-    "police officer": (
-        (SHAPE, (28, 49, 36, 49, 34, 66, 30, 66), (120, 160, 210)), (SHAPE, (31, 50, 33, 50, 34, 64, 30, 64), BLACK),
-        (OVAL, 43, 56, 2.6, 2.6, GOLD)),
-    "chef": ((SHAPE, (25, 47, 39, 47, 32, 55), (214, 40, 44)),
-             *((OVAL, x, y, 1.3, 1.3, BLACK) for y in (57, 62) for x in (28, 36))),
-    "farmer": (
-        (BOX, 10, 47, 22, 80, PLAID, 9), (BOX, 42, 47, 54, 80, PLAID, 9), (BOX, 22, 55, 42, 80, CLOTHES["farmer"]),
-        (OVAL, 24, 56, 1.5, 1.5, GOLD), (OVAL, 40, 56, 1.5, 1.5, GOLD)),
-    "builder": ((LINE, (21, 47, 21, 66), STRIPE, 3.4), (LINE, (43, 47, 43, 66), STRIPE, 3.4),
-                (BOX, 10, 58, 54, 61.5, STRIPE)),
-    "soldier": tuple((OVAL, x, y, 4.4, 2.8, OLIVE) for x, y in ((17, 54), (27, 60), (42, 55), (49, 61))),
-    "judge": ((BOX, 28.5, 48, 35.5, 59, WHITE, 1), (LINE, (32, 50, 32, 59), (190, 190, 196), 1)),
-    "teacher": ((SHAPE, (25, 47, 39, 47, 32, 57), WHITE),),
-    "artist": ((OVAL, 17, 58, 2.2, 2.2, (236, 196, 50)), (OVAL, 24, 62, 2.2, 2.2, (70, 170, 220)),
-               (OVAL, 46, 60, 2.2, 2.2, (240, 120, 60))),
-    "astronaut": ((BOX, 20, 45.5, 44, 50.5, (150, 160, 176), 2), (BOX, 25, 55, 39, 66, (190, 200, 214), 1),
-                  (OVAL, 29, 59, 1.6, 1.6, (220, 60, 50)), (OVAL, 35, 59, 1.6, 1.6, (60, 130, 220))),
-    "nurse": ((SHAPE, (25, 47, 39, 47, 32, 57), (232, 244, 250)), (BOX, 41, 56, 47, 58, WHITE),
-              (BOX, 43, 54, 45, 60, WHITE)),
-}  # fmt: skip
-HATS = {
-    "doctor": ((BOX, 19.6, 17.2, 44.4, 19.6, MIRROR), (OVAL, 32, 17.5, 4.6, 4.6, (214, 226, 236)),
-               (OVAL, 32, 17.5, 1.7, 1.7, MIRROR)),
-    "nurse": ((SHAPE, (22, 20, 42, 20, 44, 9, 20, 9), WHITE), (BOX, 30.7, 10.5, 33.3, 18.5, RED),
-              (BOX, 28, 13.2, 36, 15.8, RED)),
-    "firefighter": ((DOME, 32, 22, 14, 15, (214, 40, 30)), (BOX, 15, 20, 49, 23.4, (176, 26, 22), 1),
-                    (SHAPE, (28, 20, 36, 20, 35, 10, 29, 10), GOLD)),
-    "police officer": ((SHAPE, (20, 20, 44, 20, 48, 10, 32, 6, 16, 10), NAVY), (BOX, 20, 18, 44, 21, BLACK),
-                       (DOME, 32, 24, 11, 4, BLACK), (OVAL, 32, 13, 2.6, 2.8, GOLD)),
-    "chef": ((OVAL, 24, 9, 7, 6.5, WHITE), (OVAL, 32, 6.5, 7, 6.5, WHITE), (OVAL, 40, 9, 7, 6.5, WHITE),
-             (BOX, 22, 9, 42, 21, WHITE), (LINE, (22, 20, 42, 20), (206, 206, 212), 1.4)),
-    "farmer": ((OVAL, 32, 20.5, 20, 3.8, STRAW), (DOME, 32, 19.5, 11, 12, STRAW),
-               (BOX, 21, 16.2, 43, 19.2, (166, 66, 44))),
-    "builder": ((DOME, 32, 22, 13.5, 14, (252, 206, 30)), (BOX, 29.8, 7.5, 34.2, 20, YELLOW, 2),
-                (BOX, 16, 20.4, 48, 23, YELLOW, 1)),
-    "soldier": ((DOME, 32, 24, 14.5, 16, (92, 104, 58)), (BOX, 17, 22.2, 47, 25, OLIVE, 1)),
-    "judge": ((SHAPE, (14, 12.5, 32, 6, 50, 12.5, 32, 19), BLACK), (BOX, 22.5, 14, 41.5, 20, BLACK),
-              (LINE, (46, 13, 46, 22), GOLD, 1.6), (OVAL, 46, 23, 1.7, 2.2, GOLD)),
-    "artist": ((OVAL, 29, 15.5, 14.5, 6.2, BERET), (LINE, (29, 10, 30, 7), BERET, 2),
-               (BOX, 20, 17.4, 44, 20.4, (160, 30, 50), 1)),
-}  # fmt: skip
-HAIRCUTS = {  # the front, in the hair's colour
-    "woman": ((DOME, 32, 24, 13, 11), (SHAPE, (19, 23, 25, 23, 21.5, 40, 18.5, 40)),
-              (SHAPE, (45, 23, 39, 23, 42.5, 40, 45.5, 40))),
-    "man": ((DOME, 32, 24, 12, 10.5), (BOX, 20, 22, 22, 28), (BOX, 42, 22, 44, 28)),
-}  # fmt: skip
-EYES = (27.3, 36.7)
-CIGARETTE = ((LINE, (36, 38.4, 46, 41), WHITE, 2.2), (LINE, (46, 41, 47.8, 41.5), (250, 110, 30), 2.4),
-             *((OVAL, x, y, r, r, (150, 150, 156)) for x, y, r in ((50, 36, 2.6), (53, 30, 3.4), (51, 23, 4.2))))
+SHAPES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))  # {layer: {name: shapes}}
+CLOTHES, BEHIND, COSTUMES, HATS, HAIRCUTS, FACE = SHAPES.values()
 BLOOD_SPOTS = [(25, 38), (38, 40), (30, 25), (20, 55), (32, 57), (45, 54), (26, 62), (40, 61)]
 
 
@@ -225,7 +149,7 @@ def render(record):
     render_face(pen, record, smile)
     pen.all(HATS.get(record.profession, ()))
     if record.smoking:
-        pen.all(CIGARETTE)
+        pen.all(FACE["cigarette"])
     if record.bloody:
         render_blood(pen, splash)
     return image.reduce(OVERSAMPLING)
@@ -249,29 +173,19 @@ def render_head(pen, record, skin, hair, beard):
         pen.oval(43.4, 31, 2.6, 3.2, shade(skin, 0.84))
     pen.oval(32, 29.5, 11.5, 14, skin)
     if man and beard:
-        pen.chord(32, 30, 11.5, 14.5, 14, 166, hair)
+        pen.oval(32, 30, 11.5, 14.5, hair, 14, 166)
         pen.oval(32, 37, 5.4, 2.8, skin)
-    pen.all((*part, hair) for part in HAIRCUTS[record.gender])
+    pen.all([*part, hair] for part in HAIRCUTS[record.gender])
 
 
 def render_face(pen, record, smile):
-    for x in EYES:
-        if record.zombie:
-            pen.oval(x, 29.5, 2.9, 2.9, (244, 246, 214))
-            pen.oval(x, 29.5, 1.0, 1.0, BLACK)
-        else:
-            pen.oval(x, 29.5, 2.4, 2.3, WHITE)
-            pen.oval(x, 29.5, 1.5, 1.9, BLACK)
-    if record.profession == "teacher":  # glasses
-        for x in EYES:
-            pen.arc(x, 29.5, 4.2, 4.2, 0, 360, BLACK, 1.2)
-        pen.line((31, 29.5, 33, 29.5), BLACK, 1.2)
-    if record.zombie:  # a stitched mouth
-        pen.line((26, 37.5, 38, 37.5), STITCH, 1.6)
-        for x in (28, 32, 36):
-            pen.line((x, 35.6, x, 39.4), STITCH, 1.2)
+    pen.all(FACE["zombie_eyes" if record.zombie else "eyes"])
+    if record.profession == "teacher":
+        pen.all(FACE["glasses"])
+    if record.zombie:
+        pen.all(FACE["stitched_mouth"])
     elif record.gender == "woman":
-        pen.chord(32, 37, 4, smile, 0, 180, (206, 48, 84))
+        pen.oval(32, 37, 4, smile, (206, 48, 84), 0, 180)
     else:
         pen.arc(32, 36.5, 4, smile, 15, 165, (30, 12, 10) if record.skin == "dark" else (120, 50, 44), 1.5)
 
