@@ -4,14 +4,15 @@
     python -m lab.bench sample --full --size 512   # the SD 1.5 architecture with random weights
     python -m lab.bench train --full --size 256    # one pair per step
     python -m lab.bench load --full
-    python -m lab.bench unet --full                # one UNet call beside OpenVINO's, where `pip install openvino` was done
+    python -m lab.bench unet --full                # one UNet call beside OpenVINO's (pip install openvino)
     python -m lab.bench operators --full           # where the time of such a call goes
     python -m lab.bench attention                  # the Triton kernels of attention.py, on a GPU
 
 References: diffusers' pipeline for sampling and loading (with the package accelerate it loads faster), the authors'
-recipe with diffusers and transformers for a training step, scaled_dot_product_attention, OpenVINO. Both sides of a row compute in
-the same precision. ratio: reference / ours, so above 1 ours is faster. Each run has its own process, the two sides
-alternate, and medians are compared. peak: GB of a process's memory, libraries and weights included, or of GPU memory.
+recipe with diffusers and transformers for a training step, scaled_dot_product_attention, OpenVINO. Both sides of a row
+compute in the same precision. ratio: reference / ours, so above 1 ours is faster. Each run has its own process, the two
+sides alternate, and medians are compared. peak: GB of a process's memory, libraries and weights included, or of GPU
+memory.
 """
 
 import contextlib
@@ -156,6 +157,15 @@ def step_seconds(stamps):
     return statistics.median(after - before for before, after in pairwise(stamps[1:]))
 
 
+def time_calls(call, n, device):
+    """-> seconds of one of n calls, what the first returned."""
+    stamps, outputs = [clock(device)], []
+    for _ in range(n):
+        outputs.append(call())
+        stamps.append(clock(device))
+    return step_seconds(stamps), outputs[0]
+
+
 def sample_ours(folder, device, dtype, size, n, steps, whole):
     """Generate n images with guidance -> seconds from prompt to images if `whole`, else of a step; PIL images."""
     sd = weights.load(folder, dtype=dtype, vae_dtype=dtype, device=device)
@@ -196,22 +206,19 @@ def sample_diffusers(folder, device, dtype, size, n, steps, whole, compiled=Fals
 # ── one UNet call ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def unet_inputs(config, side, n):
-    """Of n guided images: noise (2n, 4, side, side), a timestep, context (2n, 77, D), float32."""
+def unet_inputs(config, side, n, device="cpu", dtype=torch.float32):
+    """Of n guided images: noise (2n, 4, side, side), a timestep, context (2n, 77, D)."""
     torch.manual_seed(SEED)
-    return torch.randn(2 * n, 4, side, side), torch.tensor([500]), torch.randn(2 * n, TEXT, config.cross_attention_dim)
+    x, context = torch.randn(2 * n, 4, side, side), torch.randn(2 * n, TEXT, config.cross_attention_dim)
+    return x.to(device, dtype), torch.tensor([500]), context.to(device, dtype)
 
 
 def unet_ours(folder, device, dtype, side, n, calls):
     """Call the UNet on the latents of n guided images -> seconds of a call, its output."""
     unet = weights.load(folder, dtype=dtype, vae_dtype=dtype, device=device).unet
-    x, t, context = unet_inputs(unet.config, side, n)
-    x, context, stamps = x.to(device, dtype), context.to(device, dtype), [clock(device)]
-    for _ in range(calls):
-        with torch.no_grad():
-            output = unet(x, t, context)
-        stamps.append(clock(device))
-    return step_seconds(stamps), output.float()
+    inputs = unet_inputs(unet.config, side, n, device, dtype)
+    with torch.no_grad():
+        return time_calls(lambda: unet(*inputs).float(), calls, device)
 
 
 def write_openvino(folder, side, n, file):
@@ -223,7 +230,6 @@ def write_openvino(folder, side, n, file):
     with torch.no_grad():
         model = openvino.convert_model(unet, example_input=inputs, input=[tuple(x.shape) for x in inputs])
     openvino.save_model(model, file, compress_to_fp16=False)
-    return 0.0, None
 
 
 def unet_openvino(folder, device, dtype, side, n, calls, file):
@@ -234,23 +240,19 @@ def unet_openvino(folder, device, dtype, side, n, calls, file):
     model = openvino.Core().compile_model(file, "CPU", {
         "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()})
     inputs = [x.numpy() for x in unet_inputs(read_config(folder / "unet" / "config.json", UNet), side, n)]
-    request, stamps = model.create_infer_request(), [clock(device)]
-    for _ in range(calls):
-        output = request.infer(inputs)[0]
-        stamps.append(clock(device))
-    return step_seconds(stamps), torch.from_numpy(output.copy())
+    request = model.create_infer_request()
+    return time_calls(lambda: torch.from_numpy(request.infer(inputs)[0].copy()), calls, device)
 
 
 def print_operators(folder, device, dtype, side, n, rows=12):
     """Print torch's profile of one UNet call after a first one."""
     unet = weights.load(folder, dtype=dtype, vae_dtype=dtype, device=device).unet
-    x, t, context = (x.to(device) for x in unet_inputs(unet.config, side, n))
+    inputs = unet_inputs(unet.config, side, n, device, dtype)
     with torch.no_grad():
-        unet(x.to(dtype), t, context.to(dtype))
+        unet(*inputs)
         with torch.profiler.profile() as found:
-            unet(x.to(dtype), t, context.to(dtype))
+            unet(*inputs)
     print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=40))
-    return 0.0, None
 
 
 # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -267,20 +269,20 @@ def write_pairs(folder, device, dtype, size, n, file):
     noise, eps = (torch.randn((rows, *mean.shape[1:]), generator=generator) for rows in (2 * n, n))
     z, t = mean + (logvar / 2).exp() * noise, torch.linspace(100, 900, n).long()
     torch.save({"images": images, "noise": noise, "z": z, "prompt_embeds": prompt_embeds, "eps": eps, "t": t}, file)
-    return 0.0, None
 
 
 def time_steps(step, value_encoder, device, steps):
     """-> seconds of a training step, the first loss. step(): adds the gradient and returns the loss."""
     optimizer = torch.optim.AdamW(value_encoder.parameters(), 1e-6, train.BETAS, train.EPS, train.WEIGHT_DECAY)
-    stamps, losses = [clock(device)], []
-    for _ in range(steps):
+
+    def update():
         optimizer.zero_grad(set_to_none=False)
-        losses.append(step())
+        loss = step()
         torch.nn.utils.clip_grad_norm_(value_encoder.parameters(), train.MAX_NORM)
         optimizer.step()
-        stamps.append(clock(device))
-    return step_seconds(stamps), losses[0]
+        return loss
+
+    return time_calls(update, steps, device)
 
 
 def train_ours(folder, device, dtype, size, n, steps, file):
@@ -378,10 +380,10 @@ def measure(call):
     return taken, peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure_apart(call):
-    """`measure(call)` in a new process."""
+def apart(function, *args):
+    """function(*args) in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, call).result()
+        return pool.submit(function, *args).result()
 
 
 def print_header(unit, reference, peaks=True):
@@ -397,9 +399,10 @@ def print_row(what, ours, reference, peaks=(), unit=1):
     return row | peaks
 
 
-def compare(what, ours, reference, runs):
-    """Print and return a row: medians of alternating runs."""
-    runs = torch.tensor([[measure_apart(ours), measure_apart(reference)] for _ in range(runs)], dtype=torch.float64)
+def compare(what, sides, where, runs):
+    """Call both sides, ours and the reference, with `where`. Print and return a row: medians of alternating runs."""
+    calls = [partial(side, *where) for side in sides]
+    runs = torch.tensor([[apart(measure, call) for call in calls] for _ in range(runs)], dtype=torch.float64)
     taken, peaks = runs.median(0).values.T.tolist()  # (runs, 2, 2) -> (2, 2)
     return print_row(what, *taken, peaks)
 
@@ -418,11 +421,11 @@ def bench_sample(model, args):
     what = f"step, batch {n}, {size}×{size}" if args.full else f"{n} images, {steps} steps"
     print_header("seconds", "diffusers")
     for dtype, label in precisions(model, args):
-        ours, diffusers = (partial(side, model.folder, device, dtype, size, n, steps, whole=not args.full)
-                           for side in (sample_ours, sample_diffusers))  # fmt: skip
-        yield compare(f"{what}, {label}", ours, diffusers, args.runs)
+        where = model.folder, device, dtype, size, n, steps, not args.full
+        yield compare(f"{what}, {label}", (sample_ours, sample_diffusers), where, args.runs)
         if device.type == "cuda" and args.full:
-            yield compare(f"{what}, {label}, diffusers compiled", ours, partial(diffusers, compiled=True), args.runs)
+            sides = sample_ours, partial(sample_diffusers, compiled=True)
+            yield compare(f"{what}, {label}, diffusers compiled", sides, where, args.runs)
 
 
 def bench_train(model, args):
@@ -431,10 +434,10 @@ def bench_train(model, args):
     print_header("seconds", "reference")
     for size in [args.size] if args.size else [256, 512] if args.full else [model.size]:
         file = model.folder / f"pairs-{size}.pt"
-        measure_apart(partial(write_pairs, model.folder, device, dtype, size, n, file))
-        sides = [partial(side, model.folder, device, dtype, size, n, steps, file)
-                 for side in (train_ours, train_reference)]  # fmt: skip
-        yield compare(f"training step, batch {n}, {size}×{size}, {label}", *sides, args.runs)
+        apart(write_pairs, model.folder, device, dtype, size, n, file)
+        where = model.folder, device, dtype, size, n, steps, file
+        yield compare(f"training step, batch {n}, {size}×{size}, {label}", (train_ours, train_reference), where,
+                      args.runs)
 
 
 def bench_unet(model, args):
@@ -442,28 +445,28 @@ def bench_unet(model, args):
         raise UserError("unet: expected the package openvino (pip install openvino), got none")
     side, n, calls = (args.size or model.size) // model.factor, args.batch or 1, args.steps or 4
     file = model.folder / "openvino.xml"
-    measure_apart(partial(write_openvino, model.folder, side, n, file))
+    apart(write_openvino, model.folder, side, n, file)
     print_header("seconds", "openvino")
     for dtype, label in precisions(model, args):
-        sides = [partial(call, model.folder, model.device, dtype, side, n, calls)
-                 for call in (unet_ours, partial(unet_openvino, file=file))]
-        yield compare(f"UNet call, guided, batch {n}, {side * model.factor} pixels, {label}", *sides, args.runs)
+        sides = unet_ours, partial(unet_openvino, file=file)
+        where = model.folder, model.device, dtype, side, n, calls
+        yield compare(f"UNet call, guided, batch {n}, {side * model.factor} pixels, {label}", sides, where, args.runs)
 
 
 def bench_operators(model, args):
     side = (args.size or model.size) // model.factor
     for dtype, label in precisions(model, args):
         print(label)
-        measure_apart(partial(print_operators, model.folder, model.device, dtype, side, args.batch or 1))
+        apart(print_operators, model.folder, model.device, dtype, side, args.batch or 1)
     return []
 
 
 def bench_load(model, args):
     print_header("seconds", "diffusers")
     for dtype, label in precisions(model, args):
-        sides = [partial(load, script, model.folder, model.device, dtype) for script in (LOAD_OURS, LOAD_DIFFUSERS)]
-        _, size = sides[0]()  # brings the files into the page cache
-        yield compare(f"load {size / 1e9:.2f} GB of weights, {label}", *sides, args.runs)
+        sides, where = (partial(load, LOAD_OURS), partial(load, LOAD_DIFFUSERS)), (model.folder, model.device, dtype)
+        _, size = sides[0](*where)  # brings the files into the page cache
+        yield compare(f"load {size / 1e9:.2f} GB of weights, {label}", sides, where, args.runs)
 
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -487,7 +490,6 @@ def write_full(folder):
     networks = UNet(), VAE(), CLIPTextModel(CLIPTextConfig(eos_token_id=tokenizer.eos_token_id))
     scheduler = weights.SCHEDULER | {"prediction_type": "epsilon"}
     save(weights.StableDiffusion(*networks, tokenizer, scheduler), folder)
-    return 0.0, None
 
 
 @contextlib.contextmanager
@@ -496,7 +498,7 @@ def prepare(full, device):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         if full:
-            measure_apart(partial(write_full, folder))  # a process inherits the peak memory of the one that starts it
+            apart(write_full, folder)  # a process inherits the peak memory of the one that starts it
         else:
             shutil.copytree(TINY_SD, folder)
         unet = read_config(folder / "unet" / "config.json", UNet)
@@ -529,7 +531,7 @@ ON_REQUEST = {"unet": bench_unet, "operators": bench_operators}
 
 def main(argv=None):
     parser, count = Parser(description=__doc__.splitlines()[0]), number(int, 1, 1024)
-    parser.add_argument("part", nargs="?", choices=PARTS | ON_REQUEST, help="what to measure; the first four if left out")
+    parser.add_argument("part", nargs="?", choices=PARTS | ON_REQUEST, help="the first four if left out")
     parser.add_argument("--full", action="store_true", help="the SD 1.5 architecture with random weights, not tiny-sd")
     parser.add_argument("--runs", type=count, default=3, help="of each side; an even number takes the lower median")
     parser.add_argument("--size", type=number(int, 1, 2**14), help="of the images, in pixels (default: the model's)")
