@@ -20,6 +20,7 @@ principles is lab/principles.py.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -27,10 +28,10 @@ import os
 import random
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ import weights
 from common import (Parser, UserError, add_device_options, atomic, atomic_folder, check_writable, number, pick_device,
                     read_json, regular, run, write_json)
 from diffusion import Schedule
+from formats.messages import expecting
 from lab import portraits, toy
 from lab.check import check, contact_sheet, report
 from lab.classifier import ATTRIBUTES, decide, load_classifier
@@ -81,12 +83,10 @@ def plan(principles, per_scene, total=None):
     """-> the Scenes: `per_scene` pairs each, or `total` in all. Toxicity principles get preservation scenes too."""
     concepts = [(principle, type, noun) for principle in principles
                 for type, nouns in principle.scenes.items() for noun in nouns]
-    sizes = [per_scene] * len(concepts)
-    if total is not None:
-        sizes = [b - a for a, b in pairwise(round(total * i / len(concepts)) for i in range(len(concepts) + 1))]
-    scenes = []
-    for (principle, type, noun), size in zip(concepts, sizes):
-        name = f"{principle.attribute}-{slug(noun)}"
+    n, scenes = len(concepts), []
+    ends = [round((total or per_scene * n) * i / n) for i in range(n + 1)]
+    for (principle, type, noun), start, end in zip(concepts, ends, ends[1:]):
+        size, name = end - start, f"{principle.attribute}-{slug(noun)}"
         scenes.append(Scene(principle, f"{type}/{name}", noun, size))
         if principle.violating:
             preservation = math.ceil(PRESERVATION_FRACTION * size)
@@ -114,13 +114,13 @@ def compose(scene, name, k, seed):
     return prompt, stored, rng.getrandbits(48)
 
 
-def build_scene(scene, generate, classify, seed, batch_size, show=lambda counts: None):
+def build_scene(scene, generate, classify, seed, batch_size, show=lambda *_: None):
     """-> samples [(image, prompt, value, label)], and the facts about them for scene.json.
 
     Aligned and violating samples alternate; those of a preservation scene are all aligned. Of a scene whose classes are
     given up there are none.
     generate(prompts, seeds) -> images. classify(principle, noun, images) -> a class each.
-    show({"tried": n, "kept": n}): called after every batch.
+    show(scene, tried, kept): called after every batch, with its numbers of images.
     """
     p, tried, plain = scene.principle, Counter(), Counter()
 
@@ -178,7 +178,7 @@ def collect(scene, violating, attempt, tried, seed, batch_size, show):
             if predicted == name:
                 kept[name].append(request)
                 accepted += 1
-        show({"tried": len(wanted), "kept": accepted})
+        show(scene, len(wanted), accepted)
         for name in quota:
             if tried[name] >= PATIENCE and len(kept[name]) < min(quota[name], MIN_ACCEPTANCE * tried[name]):
                 warnings.warn(f"{scene.folder}: {len(kept[name])} of {tried[name]} images show “{name}”, "
@@ -228,31 +228,27 @@ def build(scenes, out, settings, generate, classify, shard=(0, 1)):
     settings: all that decides the result. Raises UserError if `out` was built with others, or is no dataset.
     """
     start(out, settings, scenes)
-    mine, counts = scenes[shard[0]::shard[1]], {}
+    mine, counts = scenes[shard[0]::shard[1]], defaultdict(Counter)
     todo = [scene for scene in mine if not (out / scene.folder / "scene.json").exists()]
     total, left = (sum(scene.images for scene in some) for some in (mine, todo))
+
+    def show(scene, tried, kept):
+        sums = counts[scene.principle.value]
+        sums.update(tried=tried, kept=kept)
+        bar.set_postfix_str(f"{scene.principle.attribute}: {sums['kept'] / sums['tried']:.0%} accepted")
+        bar.update(kept)
+
     with tqdm(total=total, initial=total - left, unit=" images", disable=shard[0] > 0 or None) as bar:
         for scene in todo:
-            of_value = counts.setdefault(scene.principle.value, Counter())
-
-            def show(more, of_value=of_value, name=scene.principle.attribute):
-                of_value.update(more)
-                bar.set_postfix_str(f"{name}: {of_value['kept'] / of_value['tried']:.0%} accepted")
-                bar.update(more["kept"])
-
-            write_scene(out / scene.folder, settings["format"], *build_scene(
-                scene, generate, classify, settings["seed"], settings["batch_size"], show))
+            samples, facts = build_scene(scene, generate, classify, settings["seed"], settings["batch_size"], show)
+            with atomic_folder(out / scene.folder, "scene.json") as temporary:
+                if samples:
+                    toy.write_scene(temporary, samples, settings["format"])
+                write_json(temporary / "scene.json", facts)
     finished = all((out / scene.folder / "scene.json").exists() for scene in scenes)
     if finished:
         finish(out, settings, scenes)
     return finished
-
-
-def write_scene(folder, suffix, samples, facts):
-    with atomic_folder(folder, "scene.json") as temporary:
-        if samples:
-            toy.write_scene(temporary, samples, suffix)
-        write_json(temporary / "scene.json", facts)
 
 
 def start(out, settings, scenes):
@@ -281,9 +277,9 @@ def finish(out, settings, scenes):
         if not all(isinstance(n, int) and 0 <= n < 10**9 for n in numbers) or not any(fact["tried"].values()):
             raise UserError(f"{out / scene.folder}: expected numbers as tried and kept in scene.json, got others")
         del fact["files"]
+        tried, kept = sum(fact["tried"].values()), sum(fact["kept"].values())
         sums.update(scenes=1, given_up=not fact["images"], pairs=0 if scene.preservation else fact["images"] // 2,
-                    preservation=fact["images"] * scene.preservation, tried=sum(fact["tried"].values()),
-                    kept=sum(fact["kept"].values()))
+                    preservation=fact["images"] * scene.preservation, tried=tried, kept=kept)
     for value, sums in principles.items():
         sums["acceptance"] = round(sums["kept"] / sums["tried"], 4)
         print(f"{value}: {sums['pairs']} pairs, {sums['preservation']} preservation images, "
@@ -303,27 +299,24 @@ def finish(out, settings, scenes):
 
 
 def parse_shard(text):
-    i, n = map(int, text.split("/"))
-    if not 0 <= i < n:
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text}")
-    return i, n
+    with contextlib.suppress(ValueError):
+        i, n = map(int, text.split("/"))
+        if 0 <= i < n:
+            return i, n
+    raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text}")
 
 
-parse_shard.__name__ = "shard I/N"  # argparse's words for other text
+def entry_of(mix):
+    """-> an argparse type for an entry of the dictionary: gender=320 -> ("gender", 320)."""
 
+    def parse(text):
+        attribute, _, digits = text.partition("=")
+        if attribute in mix and digits.isdecimal() and len(digits) <= len(str(MAX_SCENES)):
+            return attribute, int(digits)
+        raise argparse.ArgumentTypeError(
+            f"expected ATTRIBUTE=NUMBER, of {', '.join(mix)}, up to {MAX_SCENES}, got {text}")
 
-class Mix(argparse.Action):
-    """gender=320 bloody=520 … -> the default dictionary with these numbers."""
-
-    def __call__(self, parser, namespace, texts, option=None):
-        mix = dict(self.default)
-        for text in texts:
-            attribute, _, digits = text.partition("=")
-            if attribute not in mix or not digits.isdecimal() or len(digits) > len(str(MAX_SCENES)):
-                raise UserError(f"{option}: expected ATTRIBUTE=NUMBER, of {', '.join(mix)}, up to {MAX_SCENES}, "
-                                f"got {text}")
-            mix[attribute] = int(digits)
-        setattr(namespace, self.dest, mix)
+    return parse
 
 
 def add_build_options(parser):
@@ -356,10 +349,8 @@ def add_build_options(parser):
 
 def read_concepts(path):
     """A text file -> its lines without a leading article."""
-    try:
+    with expecting(f"--prompts {path}", "a text file in UTF-8"):
         lines = regular(path, "a text file").read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: expected a text file in UTF-8, got: {error}") from error
     concepts = [re.sub(r"^(an?|the) ", "", line.strip(), flags=re.IGNORECASE) for line in lines if line.strip()]
     for concept in concepts:
         if not slug(concept) or len(concept) > 60 or len(concept.encode()) > 180:  # it names a folder
@@ -442,7 +433,8 @@ def draw_command(args):
     check_writable(args.out)
     if args.out.exists():
         raise UserError(f"{args.out}: expected a new folder, got one that is there")
-    toy.render_pairs(args.out, pairs=args.pairs, preservation=args.preservation)
+    toy.render_pairs(args.out, pairs=toy.PAIRS | dict(args.pairs or ()),
+                     preservation=toy.PRESERVATION | dict(args.preservation or ()))
     print(f"the pairs are in {args.out}")
 
 
@@ -476,8 +468,9 @@ def main(argv=None):
     draw = commands.add_parser("draw", help="render toy preference pairs")
     draw.add_argument("--out", type=Path, required=True, help="folder of the dataset, a new one")
     for name, mix, what in ("pairs", toy.PAIRS, "pairs"), ("preservation", toy.PRESERVATION, "preservation images"):
-        draw.add_argument("--" + name, nargs="+", action=Mix, default=mix, metavar="ATTRIBUTE=NUMBER",
-                          help=f"{what} of the principle of this attribute")
+        default = " ".join(f"{attribute}={n}" for attribute, n in mix.items())
+        draw.add_argument("--" + name, nargs="+", type=entry_of(mix), metavar="ATTRIBUTE=NUMBER",
+                          help=f"{what} of the principle of this attribute (default: {default})")
     args = parser.parse_args(argv)
     COMMANDS[args.command](args)
 
