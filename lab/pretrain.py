@@ -15,6 +15,7 @@ import math
 import random
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from clip_text import CLIPTextConfig, CLIPTextModel
-from common import Parser, UserError, atomic, check_writable, regular, run
+from common import Parser, atomic, check_writable, regular, run
 from data import sample_latent
 from diffusion import Schedule
 from efficiency import keep_freed_memory
 from formats.disk import cached
 from formats.export import save
+from formats.messages import expecting
 from lab.captions import write_caption
 from lab.classifier import uniform_record
 from lab.clip_image import CLIPConfig, CLIPModel, CLIPVisionConfig, Preprocessor, save_clip
@@ -99,16 +101,14 @@ def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
     """
     averaged = copy.deepcopy(networks).requires_grad_(False)
     optimizer = torch.optim.AdamW(networks.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    parts = {"networks": networks, "averaged": averaged, "optimizer": optimizer}
     state_file, start = folder / f"{name}.pt", 0
     if state_file.exists():
-        try:
+        with expecting(state_file, "a checkpoint of pretraining"):
             state = torch.load(regular(state_file, "a checkpoint"), weights_only=True)
-            networks.load_state_dict(state["networks"])
-            averaged.load_state_dict(state["averaged"])
-            optimizer.load_state_dict(state["optimizer"])
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
             start = state["step"]
-        except Exception as error:  # a damaged file can raise anything
-            raise UserError(f"{state_file}: expected a checkpoint of pretraining, got {error!r}") from error
     for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps)):
         torch.manual_seed(step)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -124,8 +124,7 @@ def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
         bar.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             with atomic(state_file) as path:
-                torch.save({"networks": networks.state_dict(), "averaged": averaged.state_dict(),
-                            "optimizer": optimizer.state_dict(), "step": step + 1}, path)  # fmt: skip
+                torch.save({key: part.state_dict() for key, part in parts.items()} | {"step": step + 1}, path)
             bar.write(f"{name} {step + 1}: loss {loss.item():.4f}, {preview(averaged, step + 1)}")
     return averaged
 
@@ -246,13 +245,7 @@ def encode_images(vae, images, folder):
         with atomic(file) as path:
             torch.save(torch.cat(encoded, dim=1), path)
 
-    def read(file):
-        latents = torch.load(file, weights_only=True)
-        if latents.shape[:2] != (2, len(images)):
-            raise ValueError(f"a tensor of {tuple(latents.shape)}")
-        return latents
-
-    mean, logvar = cached(folder / "latents.pt", read, make).float()
+    mean, logvar = cached(folder / "latents.pt", partial(torch.load, weights_only=True), make).float()
     factor = 1 / mean.std().item()
     vae.config = replace(VAE_CONFIG, scaling_factor=VAE_CONFIG.scaling_factor * factor)
     return mean * factor, logvar + 2 * math.log(factor)
