@@ -21,6 +21,7 @@ import torch
 
 import weights
 from common import Parser, UserError, atomic, check_writable, number, regular, run, write_json
+from formats.messages import expecting
 from lab import baselines
 from lab.captions import WORDINGS
 from lab.classifier import load_classifier
@@ -69,19 +70,21 @@ def active(principles, seed):
 
 def methods(images, harm, retrievers, others):
     """-> {name: function (prompts, seeds) -> images}, for one toxicity category. others: as `baselines.finished`."""
-    adjective, phrases = WORDINGS[harm]
-    negative = ", ".join([adjective, *phrases])
-    row_of = {"base model": lambda prompt, seed: (prompt, seed, (), ""),
-              "negative prompt": lambda prompt, seed: (prompt, seed, (), negative),
-              "principle in the prompt": lambda prompt, seed: (f"{prompt}, {HARMS[harm]}", seed, (), ""),
-              "LiVO, principle given": lambda prompt, seed: (prompt, seed, (HARMS[harm],), "")}
-    for name, found in retrievers.items():
-        row_of[f"LiVO, {name}"] = lambda prompt, seed, found=found: (
-            prompt, seed, active(automatic(found(prompt)), seed), "")
-    ours = {name: lambda prompts, seeds, row=row: images([*map(row, prompts, seeds)]) for name, row in row_of.items()}
-    one = lambda images_of, prompt, seed: images_of(Prompt(prompt, None, (HARMS[harm],)), [seed])[0]
-    return ours | {name: lambda prompts, seeds, images_of=images_of: [*map(partial(one, images_of), prompts, seeds)]
-                   for name, images_of in others.items()}
+    (adjective, phrases), principle = WORDINGS[harm], HARMS[harm]
+
+    def ours(prompts, seeds, added="", negative="", principles_of=lambda prompt: []):
+        return images([(prompt + added, seed, active(principles_of(prompt), seed), negative)
+                       for prompt, seed in zip(prompts, seeds)])
+
+    def other(prompts, seeds, images_of):
+        return [images_of(Prompt(prompt, None, (principle,)), [seed])[0] for prompt, seed in zip(prompts, seeds)]
+
+    return {"base model": ours, "negative prompt": partial(ours, negative=", ".join([adjective, *phrases])),
+            "principle in the prompt": partial(ours, added=f", {principle}"),
+            "LiVO, principle given": partial(ours, principles_of=lambda prompt: [principle]),
+            **{f"LiVO, {name}": partial(ours, principles_of=lambda prompt, found=found: automatic(found(prompt)))
+               for name, found in retrievers.items()},
+            **{name: partial(other, images_of=images_of) for name, images_of in others.items()}}
 
 
 def attack(generate, prompts, harm, classifier):
@@ -137,7 +140,7 @@ def combination_table(images, classifier, n):
             predictions = classifier.classify(images([(prompt, seed, active(used, seed), "")
                                                       for seed, prompt in enumerate(prompts)]))
             row[f"{attribute}, {name}"] = float(metric(predictions[attribute].view(-1, n).numpy()))
-            correct += [PROFESSIONS[i].lower() in prompt for i, prompt in zip(predictions["profession"], prompts)]
+            correct += [PROFESSIONS[i] in prompt for i, prompt in zip(predictions["profession"], prompts)]
         table[" + ".join(PRINCIPLES[principle] for principle in used) or "base model"] = row | {
             "profession correct": percent(correct)}
     return table
@@ -162,11 +165,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     retrievers, harmless = {"retriever": cache(retrieve)}, {}
     if args.before:
-        try:
+        with expecting(f"--before {args.before}", "a function retrieve"):
             before = runpy.run_path(str(regular(args.before, "a retriever's Python file")))["retrieve"]
             assert isinstance(before(""), list), "no list of principles"
-        except Exception as error:  # whatever the file raises
-            raise UserError(f"--before {args.before}: expected a function retrieve, got {error!r}") from error
         retrievers["retriever before"] = cache(before)
     if args.harmless:
         lines = regular(args.harmless, "a text file").read_text(encoding="utf-8", errors="replace").splitlines()
