@@ -13,6 +13,7 @@ from tqdm import tqdm
 from common import UserError, read_json
 from data import is_preservation, read_lines, read_sample
 from formats.images import open_image
+from formats.messages import expecting
 from sample import captioned
 
 # Of a contact sheet: principles, scenes per principle, images per row, pixels.
@@ -114,7 +115,5 @@ def contact_sheet(samples):
 
 def thumbnail(path):
     """The center of an image file, SIDE×SIDE pixels."""
-    try:
+    with expecting(path, "a readable image"):
         return ImageOps.fit(open_image(path), (SIDE, SIDE))
-    except Exception as error:  # a damaged file can raise anything in Pillow
-        raise UserError(f"{path}: expected a readable image, got {error}") from error

@@ -142,16 +142,19 @@ def read_clip_config(path):
     return pick_fields(CLIPConfig, config | {"text": text_config(TEXT_DEFAULTS | text, path), "vision": vision}, path)
 
 
+def preprocessing_steps(size):
+    """What Preprocessor does, as preprocessor_config.json names it."""
+    return {"do_resize": True, "size": {"shortest_edge": size}, "resample": Image.Resampling.BICUBIC,
+            "do_center_crop": True, "crop_size": {"height": size, "width": size},
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+
+
 def read_preprocessor(path, size):
-    """preprocessor_config.json -> Preprocessor. Raises UserError for other steps than the above."""
+    """preprocessor_config.json -> Preprocessor. Raises UserError for other steps than its own."""
     config = read_json(path)
-    accepted = {  # values of each key; the last one is that of recent files
-        "size": (size, {"shortest_edge": size}), "crop_size": (size, {"height": size, "width": size}),
-        "resample": (Image.Resampling.BICUBIC,), "do_resize": (True,), "do_center_crop": (True,),
-        "do_rescale": (True,), "do_normalize": (True,), "rescale_factor": (1 / 255,),
-    }
-    wrong = [f"{key} {values[-1]}, got {config[key]}" for key, values in accepted.items()
-             if key in config and config[key] not in values]
+    config |= {key: preprocessing_steps(size)[key] for key in ("size", "crop_size") if config.get(key) == size}  # older
+    wrong = [f"{key} {value}, got {config[key]}" for key, value in preprocessing_steps(size).items()
+             if config.get(key, value) != value]
     for key, low in ("image_mean", 0), ("image_std", 1e-3):
         values = config.get(key)
         if not isinstance(values, list) or len(values) != 3 or not all(
@@ -223,15 +226,12 @@ def save_clip(model, tokenizer, preprocessor, folder, dtype=torch.float16):
     config = model.whole_config
     parts = {"text_config": asdict(config.text) | {"model_type": "clip_text_model"},
              "vision_config": asdict(config.vision) | {"model_type": "clip_vision_model"}}
-    size = preprocessor.size
     with atomic_folder(folder, "config.json") as root:
         write_json(root / "config.json", {"architectures": ["CLIPModel"], "model_type": "clip",
                                           "projection_dim": config.projection_dim, **parts})
         write_json(root / "preprocessor_config.json", {
-            "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
-            "resample": Image.Resampling.BICUBIC, "do_center_crop": True, "crop_size": {"height": size, "width": size},
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": preprocessor.mean,
-            "image_std": preprocessor.std, "do_convert_rgb": True})
+            "image_processor_type": "CLIPImageProcessor", **preprocessing_steps(preprocessor.size),
+            "image_mean": preprocessor.mean, "image_std": preprocessor.std, "do_convert_rgb": True})
         save_tokenizer(tokenizer, root)
         save_file({name: t.to("cpu", dtype).contiguous() for name, t in model.state_dict().items()},
                   root / "model.safetensors", metadata={"format": "pt"})

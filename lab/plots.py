@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot: the backend is Agg
 
 from common import Parser, UserError, atomic, regular, run
+from formats.messages import expecting
 from lab.comparison import BASE, ENOUGH, GROUPS, LARGEST, aims, floors, harm, is_recognizable, mean_curve
 
 DPI, MAX_POINTS = 110, 100  # points per curve of a log
@@ -38,14 +39,10 @@ def style(axes, x_label, y_label):
 def read_log(folder):
     """log.jsonl of a run's folder -> {key: values of all steps}. Raises UserError for another folder or file."""
     file, keys = folder / "log.jsonl", ["step", *(key for curves in LOG.values() for key in curves)]
-    try:
+    with expecting(file, f"numbers {', '.join(keys)} on each line"):
         text = regular(file, "the log of a run").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
         log = {key: np.array([float(line[key]) for line in lines]) for key in keys}
-    except OSError as error:
-        raise UserError(f"{file}: expected the log of a run of train.py, got {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise UserError(f"{file}: expected numbers {', '.join(keys)} on each line, got {error!r}") from error
     if any((np.abs(values) > LARGEST).any() for values in log.values()):
         raise UserError(f"{file}: expected numbers up to {LARGEST:g}, got larger ones")
     if not lines:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from common import UserError, regular
 from data import MAX_LENGTH
+from formats.messages import expecting
 from lab import portraits
 from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES
@@ -62,11 +63,9 @@ def read_prompts(path, choices):
     The principles are `choices`, the option --principle; else the line's value; else the retriever's. Repeated prompts
     count once. Raises UserError, which names the line.
     """
-    try:
-        lines = regular(path, "a file of prompts").read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: expected a file of prompts, got {error.strerror}") from error
     prompts = {}
+    with expecting(path, "a file of prompts"):
+        lines = regular(path, "a file of prompts").read_bytes().splitlines()
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -4,9 +4,9 @@
     python -m lab.twins --value-encoder runs/livo
 
 The *twin* of LiVO's image is the base model's image from the same noise, whose prompt does not ask for the toxicity, or
-names the gender or skin that LiVO's image shows. Their distance is given as a fraction of that of two twins of different
-noise, in pixels and in tiny-clip's image space: 0 is the same image, 1 another person. Beside it, the images that a
-detector of blotches calls damaged (damage.py).
+names the gender or skin that LiVO's image shows. Their distance is given as a fraction of that of two twins of
+different noise, in pixels and in tiny-clip's image space: 0 is the same image, 1 another person. Beside it, the images
+that a detector of blotches calls damaged (damage.py).
 """
 
 from pathlib import Path
