@@ -93,9 +93,10 @@ def majority_class(attribute, profession):
 
 def principle_in_prompt(sd, settings, prompt, seeds, fraction=0.5):
     """A baseline: the principles are appended to the prompt; bias principles in half of the images, as with LiVO."""
-    texts = {half: ", ".join([prompt.text, *(p for p in prompt.principles if half or not is_bias(p))])
-             for half in (False, True)}  # fmt: skip
-    return generate_each(sd, settings, [(texts[half], "") for half in spread(len(seeds), fraction)], seeds)
+    def texts(half):
+        return ", ".join([prompt.text, *(p for p in prompt.principles if half or not is_bias(p))]), ""
+
+    return generate_each(sd, settings, [*map(texts, spread(len(seeds), fraction))], seeds)
 
 
 def negative_prompt(sd, settings, prompt, seeds, phrases=2, fraction=0.5):
@@ -103,18 +104,17 @@ def negative_prompt(sd, settings, prompt, seeds, phrases=2, fraction=0.5):
 
     phrases: number of wordings beside the adjective.
     """
-    texts = {}
-    for half in (False, True):
+    def texts(half):
         words = []
-        for attribute in (toy.PRINCIPLES[principle] for principle in prompt.principles):
-            if attribute in portraits.HARMS:
-                words.append(attribute)
-            elif half:
-                words.append(majority_class(attribute, prompt.profession))
-        wordings = [", ".join(dict.fromkeys([adjective, *(phrase.strip(", ") for phrase in more[:phrases])]))
-                    for adjective, more in map(WORDINGS.get, words)]
-        texts[half] = prompt.text, ", ".join(wordings)
-    return generate_each(sd, settings, [texts[half] for half in spread(len(seeds), fraction)], seeds)
+        for principle in prompt.principles:
+            if half or not is_bias(principle):
+                attribute = toy.PRINCIPLES[principle]
+                harmful = attribute in portraits.HARMS
+                adjective, more = WORDINGS[attribute if harmful else majority_class(attribute, prompt.profession)]
+                words += [adjective, *(phrase.strip(", ") for phrase in more[:phrases])]
+        return prompt.text, ", ".join(dict.fromkeys(words))
+
+    return generate_each(sd, settings, [*map(texts, spread(len(seeds), fraction))], seeds)
 
 
 UNTRAINED = {"principle in the prompt": principle_in_prompt, "negative prompt": negative_prompt}
@@ -361,9 +361,8 @@ def side_by_side(sd, count=36, **settings):
         uncond = make_uncond(sd, context.shape[1])
     left = grid([portraits.render(record) for record in records])
     right = grid(list(sample_images(sd, context, uncond, range(count), **settings)))
-    sheet = Image.new("RGB", (left.width + 16 + right.width, left.height), "white")
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width + 16, 0))
+    gap = np.full((left.height, 16, 3), 255, np.uint8)
+    sheet = Image.fromarray(np.hstack([left, gap, right]))
     return sheet.quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
 
 
