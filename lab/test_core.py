@@ -225,6 +225,18 @@ def test_checkpointing_gives_the_same_gradient_and_half_precision_about_the_same
     assert relative(step(saved, pairs)[1], gradient) < 1e-5
 
 
+def test_final_layer_norm_has_a_learning_rate_of_its_own(sd, dataset):
+    s, value_encoder = settings(lr=1e-4, warmup=1, final_ln_lr_scale=5.0), trained_a_little(sd)
+    before = {name: p.detach().clone() for name, p in value_encoder.named_parameters()}
+    optimizer = train.make_optimizer(value_encoder, s.final_ln_lr_scale)
+    add = partial(train.add_gradient, sd, value_encoder, schedule=Schedule(sd.scheduler), s=s)
+    train.take_step(0, value_encoder, optimizer, add, dataset, range(1000), s)
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in value_encoder.named_parameters()}
+    final = {name for name in moved if "final_layer_norm" in name}  # Adam's first step is the rate
+    assert len(final) == 2 and all(4.5 * s.lr < moved[name] < 5.5 * s.lr for name in final)
+    assert 0.9 * s.lr < max(moved[name] for name in moved.keys() - final) < 1.1 * s.lr
+
+
 # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
