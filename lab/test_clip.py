@@ -144,7 +144,7 @@ def edit_tensors(folder, change):
     (lambda f: edit_config(f, TEXT, vocab_size=500), "expected at most 500 tokens in the tokenizer"),
     (lambda f: edit_json(f / PREPROCESSOR, resample=2), "r_config.json: expected resample 3, got 2"),
     (lambda f: edit_json(f / PREPROCESSOR, size={"shortest_edge": 32}), "expected size .* got .*32"),
-    (lambda f: edit_json(f / PREPROCESSOR, image_mean=[0.5]), "image_mean of three numbers, got .0.5"),
+    (lambda f: edit_json(f / PREPROCESSOR, image_mean=[0.5]), "image_mean of three numbers from 0 to 10, got .0.5"),
     (lambda f: edit_config(f, VISION, hidden_size=37), "expected a (CLIPModel's config|divisor)|of another shape"),
     (lambda f: edit_tensors(f, lambda t: t.pop("logit_scale")), "1 missing: logit_scale"),
 ], ids=str)

@@ -249,7 +249,7 @@ def test_prompts_use_the_words_that_the_models_know():
         assert not set.intersection(*prompts.values())
         if (p := scene.principle.violating) and not scene.preservation:
             stored = [dataset.compose(scene, name, k, 0)[1] for name in prompts for k in range(100)]
-            assert 0.6 < sum(any(word in prompt for word in (p, "blood", "smok")) for prompt in stored) / 200 < 0.9
+            assert all(any(word in prompt for word in (p, "blood", "smok")) for prompt in stored)
     for scene in dataset.plan(STABLE_DIFFUSION_PRINCIPLES, 1):
         assert all(retrieve(dataset.compose(scene, scene.principle.violating, k, 0)[0]) for k in range(5)), scene.folder
 
