@@ -26,6 +26,7 @@ import diffusers
 import numpy as np
 import pytest
 import transformers
+from tqdm import tqdm
 
 try:  # transformers 5 gives the plain name to the one that needs torchvision
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ImageProcessor
@@ -47,6 +48,7 @@ from livo import ValueEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
+tqdm.set_lock(threading.RLock())  # the default one is shared with forked processes: one that is killed may hold it
 REPOSITORY = Path(__file__).resolve().parent
 SHARED, TINY_SD = REPOSITORY.parent / "shared", REPOSITORY / "tiny-sd"
 TOKENIZER = Path(tempfile.mkdtemp(prefix="livo-tests-")) / "tokenizer"  # small, of 77 tokens as the published one
