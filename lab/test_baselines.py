@@ -367,10 +367,10 @@ def test_tables_in_markdown():
     assert tuning["UCE"][:3] == ["lam 2", "40", "100"]
 
 
-@pytest.mark.skipif(not evaluate.TRAINED.exists(), reason="no assets/baselines.json: the baselines were not run")
 SHIPPED_SEEDS = {"LiVO": 3} | dict.fromkeys(["BT on the value encoder", "Diffusion-DPO", "text encoder", "SafeText"], 2)
 
 
+@pytest.mark.skipif(not evaluate.TRAINED.exists(), reason="no assets/baselines.json: the baselines were not run")
 def test_shipped_results_are_of_the_shipped_model_and_its_best_settings(shipped):
     results = json.loads(evaluate.TRAINED.read_text())
     assert results["about"]["model"].startswith(evaluate.fingerprint(shipped[0]))
