@@ -421,7 +421,7 @@ def test_text_encoder_equals_transformers(config, pad):
     reference = transformers.CLIPTextModel(transformers.CLIPTextConfig(bos_token_id=0, **config)).eval()
     for parameter in reference.parameters():  # norms would start at one and biases at zero
         torch.nn.init.normal_(parameter, std=0.3)
-    ours = CLIPTextModel(text_config(reference.config.to_dict()))
+    ours = CLIPTextModel(text_config(reference.config.to_dict(), "config.json"))
     ours.load_state_dict({"text_model." + key.removeprefix("text_model."): value
                           for key, value in reference.state_dict().items()})
     end = ours.config.eos_token_id
