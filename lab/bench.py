@@ -171,7 +171,8 @@ def sample_ours(folder, device, dtype, size, n, steps, whole):
     sd = weights.load(folder, dtype=dtype, vae_dtype=dtype, device=device)
     stamps = [clock(device)]
     with torch.no_grad():
-        context, uncond = make_context(sd, [PROMPT]), make_uncond(sd, 77)
+        context = make_context(sd, [PROMPT])  # (1, 77, C)
+        uncond = make_uncond(sd, context.shape[1])
     images = list(sample_images(sd, context, uncond, range(SEED, SEED + n), height=size, width=size, batch_size=n,
                                 steps=steps, guidance=GUIDANCE, after_step=lambda _: stamps.append(clock(device))))
     return clock(device) - stamps[0] if whole else step_seconds(stamps), images
@@ -309,17 +310,17 @@ def train_reference(folder, device, dtype, size, n, steps, file):
     pipe.unet.train().enable_gradient_checkpointing()  # which diffusers does in training mode only
     saved = {name: tensor.to(device) for name, tensor in torch.load(file).items()}
 
-    def ids(text):
-        return pipe.tokenizer([text] * n, padding="max_length", max_length=77, truncation=True,
-                              return_tensors="pt").input_ids.to(device)  # fmt: skip
+    def tokenize(text):
+        ids = pipe.tokenizer([text] * n, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return ids.to(device)
 
     def error(z_t, context):
         return (pipe.unet(z_t, saved["t"], context).sample.float() - saved["eps"]).square().mean((1, 2, 3))
 
     def step():
         with torch.no_grad():
-            prompt_embeds = pipe.text_encoder(ids(PROMPT)).last_hidden_state
-        value = value_encoder(ids(f"{PRINCIPLE}, {PROMPT}")).pooler_output[:, None]
+            prompt_embeds = pipe.text_encoder(tokenize(PROMPT)).last_hidden_state
+        value = value_encoder(tokenize(f"{PRINCIPLE}, {PROMPT}")).pooler_output[:, None]
         context = torch.cat([value.to(dtype), prompt_embeds], 1)  # (n, 78, C)
         err, ref = [], []
         for images, noise in zip(saved["images"].chunk(2), saved["noise"].chunk(2)):  # aligned, then violating

@@ -26,11 +26,16 @@ def one_process(tiny, tmp_path, monkeypatch):
 full_size = pytest.mark.skipif("FULL" not in os.environ, reason="opt-in: FULL=1")
 
 
+@pytest.fixture(params=["random, 77 tokens", "tiny-sd, 24 tokens"])
+def folder(tiny, request):
+    return bench.TINY_SD if "tiny-sd" in request.param else tiny
+
+
 @pytest.mark.parametrize("size, whole", [(64, False), (64, True), pytest.param(512, True, marks=full_size)])
-def test_images_are_those_of_diffusers(tiny, tmp_path, size, whole):
+def test_images_are_those_of_diffusers(folder, tmp_path, size, whole):
     if size == 512:
-        bench.write_full(tiny := tmp_path / "sd")
-    ours, reference = (pixels(side(tiny, CPU, torch.float32, size, 1, 3, whole)[1])
+        bench.write_full(folder := tmp_path / "sd")
+    ours, reference = (pixels(side(folder, CPU, torch.float32, size, 1, 3, whole)[1])
                        for side in (bench.sample_ours, bench.sample_diffusers))
     assert ours.shape == (1, size, size, 3) and abs(ours - reference).max() <= (3 if size == 512 else 1)
 
@@ -48,9 +53,9 @@ def test_operators_of_a_call(one_process, capsys):
     assert "aten::mkldnn_convolution" in (shown := capsys.readouterr().out) and "both float32" in shown
 
 
-def test_training_loss_is_that_of_the_reference_implementation(tiny, tmp_path):
-    bench.write_pairs(tiny, CPU, torch.float32, 64, 2, tmp_path / "pairs.pt")
-    ours, reference = (side(tiny, CPU, torch.float32, 64, 2, 3, tmp_path / "pairs.pt")[1]
+def test_training_loss_is_that_of_the_reference_implementation(folder, tmp_path):
+    bench.write_pairs(folder, CPU, torch.float32, 64, 2, tmp_path / "pairs.pt")
+    ours, reference = (side(folder, CPU, torch.float32, 64, 2, 3, tmp_path / "pairs.pt")[1]
                        for side in (bench.train_ours, bench.train_reference))
     assert ours == pytest.approx(reference, abs=1e-3)
     assert ours != pytest.approx(2 * bench.MARGIN, abs=0.01)  # the loss of a value token without effect
