@@ -64,6 +64,8 @@ SWEEP = {  # the settings that are tried; a method with only one is not tuned
 }
 SEEDS, TUNING_SEED = (0, 1, 2), 100  # of training
 MEASURED = (50, 100, 200, 300)  # steps, beside the last one
+MARGINS = {name: PRESET.get(name) for name in ("gamma1", "gamma2", "margins")}
+HINGES = LIVO, "text encoder"  # the methods that have margins
 WAIT = 5  # seconds until a process looks again for a run that it can do
 
 # ── Images of a method ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,14 +183,16 @@ class Setup:
         root = args.data or toy.default_pairs(args.out.parent)
         self.dataset = PreferenceDataset(root, self.sd, args.out.parent / "cache")
         self.classifier, self.detector = load_classifier(), load_detector()
-        key = VERSION, evaluate.VERSION, PRESET, SAMPLING, TUNING, REPORT, self.classifier.name, self.dataset.key
+        others = {name: value for name, value in PRESET.items() if name not in MARGINS}
+        key = VERSION, evaluate.VERSION, others, SAMPLING, TUNING, REPORT, self.classifier.name, self.dataset.key
         self.model = f"{fingerprint(self.sd)} {digest(map(str, key))}"
         self.generate = partial(generated, self.sd, None, SAMPLING)
         self.base = kept(self.generate, args.out / "images", self.model)
 
     def about(self, this):
         return {"method": this.method, "settings": this.settings, "seed": this.seed, "model": self.model,
-                "steps": steps_of(this, self.args), "per_prompt": self.args.per_prompt}
+                "steps": steps_of(this, self.args), "per_prompt": self.args.per_prompt,
+                "margins": MARGINS if this.method in HINGES else {}}
 
     def carry_out(self, this):
         """Do a run, or what is left of it, and write its file."""

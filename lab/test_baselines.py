@@ -468,6 +468,7 @@ def test_the_command_runs_and_collects_every_method(small, tmp_path, monkeypatch
     assert [point["step"] for point in found["Diffusion-DPO-seed=1"]["curve"]] == [2, 3]
     assert "seconds added" in found["UCE"] and "seconds added" not in found["LiVO-seed=1"]
     assert found["UCE"]["about"]["settings"] in baselines.SWEEP["UCE"]
+    assert found["LiVO-seed=0"]["about"]["margins"]["gamma1"] and not found["Diffusion-DPO-seed=0"]["about"]["margins"]
 
     methods = baselines.finished(tmp_path / "runs", weights.load(options[1]))
     assert {*methods} == {*baselines.SWEEP} - {"Fair Diffusion"}
