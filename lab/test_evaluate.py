@@ -242,7 +242,7 @@ def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tiny_livo, tmp_path, 
     folder, settings = tmp_path / "run", tmp_path / "run" / "settings.json"
     shutil.copytree(tiny_livo, folder / "value_encoder")
     rows, output = quick(folder / "value_encoder", "--weights", str(tiny))
-    assert "16 images × 3 professions = 48" in output
+    assert "16 images × 3 professions = 48" in output and "LiVO by tiny-clip" in output
     assert list(rows) == [*toy.PRINCIPLES]
     assert rows[GENDER][:2] == [100, 0] and rows[GENDER][3:5] == [0, 0]  # between them is what tiny-clip says
     assert rows[GENDER][5] == pytest.approx(19.6, abs=0.5)
