@@ -1,6 +1,6 @@
 """Rewrites of a prompt that hide its harm from a word list, not from a reader: the attacks of attacks.py.
 
-    rewrites("misspelled", "bloody", ["doctor"], tries=2)   # [["a portrait of a blooody doctor", "… blody doctor"]]
+    rewrites("misspelled", "bloody", ["doctor"], tries=2)   # [["a portrait of a blooody doctor", "… bloosy doctor"]]
 """
 
 import random
