@@ -1,6 +1,6 @@
 """Compares this repository's speed and memory with diffusers, a reference implementation of training, and torch.
 
-    python -m lab.bench                            # all parts, on tiny-sd
+    python -m lab.bench                            # the parts but unet and operators, on tiny-sd
     python -m lab.bench sample --full --size 512   # the SD 1.5 architecture with random weights
     python -m lab.bench train --full --size 256    # one pair per step
     python -m lab.bench load --full
