@@ -68,6 +68,7 @@ def test_bootstrap_resamples_prompts_and_images():
     unlike = bootstrap(percent, np.repeat(np.arange(20)[:, None] < 10, 50, axis=1))
     assert unlike["high"] - unlike["low"] == pytest.approx(2 * 1.96 * 100 * 0.5 / 20**0.5, rel=0.2)
     assert bootstrap(percent, np.ones((3, 5))) == {"value": 100, "low": 100, "high": 100}
+    assert bootstrap(np.mean, np.full((3, 5), -10)) == {"value": -10, "low": -10, "high": -10}  # a CLIP score
     # The interval contains its value even where every resample is above it.
     balanced = bootstrap(bias(2)["D1"], np.tile([0, 1], (10, 25)))
     assert balanced["value"] == 0 and balanced["low"] == 0 < balanced["high"] < 10
