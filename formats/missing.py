@@ -7,8 +7,7 @@ def name_package(kind, error, traceback):
     if not issubclass(kind, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, traceback)
     name = error.name.split(".")[0].replace("PIL", "pillow")
-    print(f"error: expected the Python package {name}, got none: pip install {name}, or -r requirements.txt",
-          file=sys.stderr)
+    print(f"error: expected the Python package {name}, got none: pip install {name}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,6 +1,6 @@
 """Compares this repository's speed and memory with diffusers, a reference implementation of training, and torch.
 
-    python -m lab.bench                            # all parts, on tiny-sd
+    python -m lab.bench                            # the parts but unet and operators, on tiny-sd
     python -m lab.bench sample --full --size 512   # the SD 1.5 architecture with random weights
     python -m lab.bench train --full --size 256    # one pair per step
     python -m lab.bench load --full
@@ -519,8 +519,6 @@ def save_rows(machine, rows):
     file = ASSETS / f"bench-{slug}.json"
     found = common.read_json(file, rows=list)["rows"] if file.exists() else []
     by_what = {(row["model"], row["what"]): row for row in [*found, *rows]}
-    for row in by_what.values():
-        row.pop("floor", None)  # a FLOP lower bound of earlier versions, which was wrong
     with atomic(file) as path:
         text = json.dumps({"machine": machine, "rows": [*by_what.values()]}, indent=2, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
 """Preference data from a model's own images, without human labels: the paper's section 3.4.
 
-    python -m lab.dataset build --out pairs --total 2000        # tiny-sd: a quarter of an hour
+    python -m lab.dataset build --out pairs --total 2000        # tiny-sd: 8 to 12 minutes
     torchrun --nproc_per_node 2 -m lab.dataset build --out pairs --total 2000        # the same pairs in half the time
-    python -m lab.dataset build --weights stable-diffusion-v1-5/stable-diffusion-v1-5 --out pairs \\
-        --classifier openai/clip-vit-large-patch14 --principle "gender equality" --prompts mine.txt
+    python -m lab.dataset build --weights stable-diffusion-v1-5/stable-diffusion-v1-5 --out sd-pairs \\
+        --classifier openai/clip-vit-large-patch14 --principle "gender equality" --prompts professions.txt
     python -m lab.dataset check pairs                           # counts and faults of any preference data
     python -m lab.dataset show pairs                            # a contact sheet of its images
     python -m lab.dataset draw --out more --pairs bloody=600    # toy pairs (lab/toy.py) in another mix

@@ -389,7 +389,7 @@ def print_quick_table(sd, value_encoder, principles, professions=("doctor", "nur
                         f"got {', '.join(sorted(principles))}")
     classifier, clip = load_classifier(), ClipClassifier(load_clip(TINY_CLIP))
     title = f"percent, {n} images × {len(professions)} professions = {n * len(professions)}"
-    print(f"{title:40}" + "".join(f"{name:>12}" for name in ("base model", "LiVO", "by tiny-clip", *FLOORS)))
+    print(f"{title:40}" + "".join(f"{name:>13}" for name in ("base model", "LiVO", "by tiny-clip", *FLOORS)))
     correct = {False: [], True: []}  # with LiVO?
     for principle, attribute in rows:
         name, metric = METRICS[attribute]
@@ -405,9 +405,9 @@ def print_quick_table(sd, value_encoder, principles, professions=("doctor", "nur
         values.append(metric(clip.compare(features.numpy(), prompts)[attribute]))
         if name in BIAS:
             values += floors(BIAS[name], len(ATTRIBUTES[attribute]), n).values()
-        print(f"{principle + ', ' + name:40}" + "".join(f"{value:12.1f}" for value in values))
+        print(f"{principle + ', ' + name:40}" + "".join(f"{value:13.1f}" for value in values))
     fractions = [percent(torch.cat(hits).numpy()) for hits in correct.values()]
-    print(f"{'profession correct':40}" + "".join(f"{value:12.1f}" for value in fractions))
+    print(f"{'profession correct':40}" + "".join(f"{value:13.1f}" for value in fractions))
     print("\n".join(f"{name}: {text}" for name, text in FLOORS.items()))
 
 

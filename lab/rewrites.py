@@ -1,6 +1,6 @@
 """Rewrites of a prompt that hide its harm from a word list, not from a reader: the attacks of attacks.py.
 
-    rewrites("misspelled", "bloody", ["doctor"], tries=2)   # [["a portrait of a blooody doctor", "… blody doctor"]]
+    rewrites("misspelled", "bloody", ["doctor"], tries=2)   # [["a portrait of a blooody doctor", "… bloosy doctor"]]
 """
 
 import random
@@ -53,7 +53,6 @@ def listed(words, harm, word, rng):
 REWRITES = {"as it is": lambda harm, word, rng: word, "misspelled": misspelled, "look-alike letters": look_alike,
             "spaced letters": spaced, "other languages": partial(listed, OTHER_LANGUAGES),
             "synonyms": partial(listed, SYNONYMS), "two sentences": None}
-SPELLING = ("misspelled", "look-alike letters", "spaced letters")
 
 
 def rewrite(kind, harm, subject, rng):

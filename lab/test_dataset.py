@@ -16,14 +16,20 @@ from PIL import Image
 import data
 import sample
 import train
-from conftest import KILLS, StubClassifier, edit_json, refused, run_with_kills
+from conftest import KILLS, REPOSITORY, StubClassifier, edit_json, refused, run_with_kills
 from lab import dataset, portraits, toy
+from lab import principles as table
 from lab.captions import write_caption
 from lab.check import SIDE, check
 from lab.principles import STABLE_DIFFUSION_PRINCIPLES, TOY_PRINCIPLES, bias
 from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
 
 SMOKING = "smoking considered inappropriate"
+
+
+def test_the_readme_shows_the_code_of_a_principle():
+    snippet = re.search(r"harm\(.*?\)\n", (REPOSITORY / "lab" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert eval(snippet[0], vars(table)) == TOY_PRINCIPLES[-1]
 
 
 def classify_by_hash(principle, noun, images):

@@ -68,6 +68,7 @@ def test_bootstrap_resamples_prompts_and_images():
     unlike = bootstrap(percent, np.repeat(np.arange(20)[:, None] < 10, 50, axis=1))
     assert unlike["high"] - unlike["low"] == pytest.approx(2 * 1.96 * 100 * 0.5 / 20**0.5, rel=0.2)
     assert bootstrap(percent, np.ones((3, 5))) == {"value": 100, "low": 100, "high": 100}
+    assert bootstrap(np.mean, np.full((3, 5), -10)) == {"value": -10, "low": -10, "high": -10}  # a CLIP score
     # The interval contains its value even where every resample is above it.
     balanced = bootstrap(bias(2)["D1"], np.tile([0, 1], (10, 25)))
     assert balanced["value"] == 0 and balanced["low"] == 0 < balanced["high"] < 10
@@ -242,7 +243,7 @@ def test_quick_table_of_a_run_and_of_a_value_encoder(tiny, tiny_livo, tmp_path, 
     folder, settings = tmp_path / "run", tmp_path / "run" / "settings.json"
     shutil.copytree(tiny_livo, folder / "value_encoder")
     rows, output = quick(folder / "value_encoder", "--weights", str(tiny))
-    assert "16 images × 3 professions = 48" in output
+    assert "16 images × 3 professions = 48" in output and "LiVO by tiny-clip" in output
     assert list(rows) == [*toy.PRINCIPLES]
     assert rows[GENDER][:2] == [100, 0] and rows[GENDER][3:5] == [0, 0]  # between them is what tiny-clip says
     assert rows[GENDER][5] == pytest.approx(19.6, abs=0.5)
