@@ -6,8 +6,8 @@ prompt embeddings:
 
     context = [ value_encoder("v, x") ; text_encoder("x") ]                  (B, 1 + 77, C)
 
-The UNet cross-attends to this longer context as usual, so none of its weights change. Without the value token the
-model is the base model, bit for bit.
+(77 is the tokenizer's length; tiny-sd has 24.) The UNet cross-attends to this longer context as usual, so none of its
+weights change. Without the value token the model is the base model, bit for bit.
 
 Training data are preference pairs (x, v, y_w, y_l) of an aligned image y_w and a violating image y_l. Both images of
 a pair share one noise eps and one timestep t. Their denoising errors are
