@@ -31,7 +31,7 @@ import sample
 import train
 import weights
 from clip_text import EOS
-from common import UserError, run
+from common import UserError, read_json, run
 from conftest import FORK, REPOSITORY, StubClassifier, edit_json
 from lab import attacks, baselines, dataset, evaluate, plots, toy
 from lab.prompts import FilePrompt
@@ -524,6 +524,13 @@ def test_a_fault_of_the_program_keeps_its_traceback():
     for fault in (OSError("cannot write mode RGBA as JPEG"), OSError(9, "Bad file descriptor"), RecursionError()):
         with pytest.raises(type(fault)):
             run(lambda fault=fault: (_ for _ in ()).throw(fault))
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path):
+    (tmp_path / "x.json").touch()
+    os.truncate(tmp_path / "x.json", 2**26 + 1)  # of "[]," they take 1.6 GB
+    with pytest.raises(UserError, match="got more than 67108864 bytes"):
+        read_json(tmp_path / "x.json")
 
 
 def test_a_compiler_that_fails(work, monkeypatch, capfd):
