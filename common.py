@@ -113,8 +113,8 @@ def check_writable(folder):
         raise UserError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
 
 
-def regular(path, what, largest=2**28):
-    """The path of a regular file of at most `largest` bytes. Raises UserError: to read any other may never end."""
+def regular(path, what, largest=2**26):
+    """The path of a regular file of at most `largest` bytes. Raises UserError for others, which may never end."""
     if os.path.isfile(path) and os.path.getsize(path) <= largest:
         return Path(path)
     got = ("a folder" if os.path.isdir(path) else f"more than {largest} bytes" if os.path.isfile(path) else

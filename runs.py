@@ -27,7 +27,6 @@ from sample import MAX_PRINCIPLES, captioned, generate
 TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
 RANK, WORLD = (int(text) if (text := os.environ.get(name, "")[:9]).isdecimal() else default  # set by torchrun
                for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-ADAM = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's state of a parameter
 HINGES = "active_w", "active_l", "delta_w", "delta_l", "ref"  # of a line of the log
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of sample sheets and the last table
 
@@ -51,7 +50,7 @@ def load_preset(weights):
     """The settings that come with a checkpoint, livo.toml in its folder: {name: value}, empty without one."""
     file = Path(weights) / "livo.toml"
     try:
-        return tomllib.loads(regular(file, "settings").read_text(encoding="utf-8")) if file.is_file() else {}
+        return tomllib.loads(regular(file, "settings", 2**20).read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: expected settings in TOML, got: {error}") from error
 
@@ -124,20 +123,15 @@ def resume(folder, value_encoder, optimizer, data_key):
 
     Raises UserError if it is damaged, or of other data or weights.
     """
-    from formats.files import check_tensors, unpickle  # here, so that importing the core loads nothing of formats/
+    from formats.files import load_adamw, unpickle  # here, so that importing the core loads nothing of formats/
     file = folder / "checkpoint.pt"
     if not os.path.lexists(file):
         return 0
     try:
         state = unpickle(file)
-        value_encoder.load_state_dict(state["value_encoder"])
-        optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         step, before = state["step"], state["data"]
-        fits = all(moments.keys() == ADAM and moments["step"] == step
-                   and all(x.shape in ((), p.shape) for x in check_tensors(moments, file).values())
-                   for p, moments in optimizer.state.items())
-        if not (fits and type(step) is int and step >= 0):
-            raise ValueError("no number of steps, or moments of other shapes")
+        value_encoder.load_state_dict(state["value_encoder"])
+        load_adamw(optimizer, state["optimizer"], step, file)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{file}: expected a checkpoint of such a value encoder, got {error!r}") from error
     if before != data_key:

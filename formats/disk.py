@@ -13,6 +13,7 @@ import warnings
 from common import UserError, regular
 from formats.messages import write_error
 
+MAX_DEPTH = 200  # of folders; Python makes them recursively
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 
 
@@ -21,7 +22,7 @@ def writing(path, suffix=""):
     """Yield a hidden name beside `path`, and remove what is there in the end. A failed write is a UserError."""
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = hidden(path, suffix)
         yield temporary
     except UserError:
@@ -33,6 +34,12 @@ def writing(path, suffix=""):
     finally:
         if temporary:
             remove(temporary)
+
+
+def make_folder(folder):
+    if len(folder.parts) > MAX_DEPTH:
+        raise UserError(f"{folder}: expected at most {MAX_DEPTH} folders, one in the other, got {len(folder.parts)}")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def hidden(path, suffix=""):
@@ -116,7 +123,7 @@ def locked(folder, wait=False):
 
     A second process waits, or gets a UserError: of a run's folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

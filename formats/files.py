@@ -52,8 +52,9 @@ def unpickle(path, mmap=False):
     """The content of a file of torch. No code in it is executed, and it takes no more memory than its size."""
     stub = (ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
     # Files from before torch 1.6 are no zip archives and cannot be mapped.
-    if zipped := zipfile.is_zipfile(regular(path, "a file of torch", math.inf)):
-        check_archive(path)
+    zipped = zipfile.is_zipfile(path := regular(path, "a file of torch", math.inf))
+    if any(b"bytearray" in pickle for pickle in (read_archive(path) if zipped else [path.read_bytes()])):
+        raise UserError(f"{path}: expected a file of tensors, got one that makes a bytearray, maybe of any size")
     with torch.serialization.safe_globals([stub]), warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
 
@@ -67,11 +68,12 @@ def read_pickle(path):
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
-def check_archive(path):
-    """Raise UserError for a zip archive that takes more memory than its size; torch compresses nothing."""
+def read_archive(path):
+    """The pickles in a zip archive. Raises UserError if it inflates to more than its size: torch compresses nothing."""
     with zipfile.ZipFile(path) as archive:
         if large := [info.filename for info in archive.infolist() if info.file_size > info.compress_size]:
             raise UserError(f"{path}: expected an uncompressed archive of tensors, got {large[0]} compressed")
+        return [archive.read(info) for info in archive.infolist() if info.filename.endswith(".pkl")]
 
 
 def check_tensors(tensors, path):
@@ -83,6 +85,17 @@ def check_tensors(tensors, path):
         if kind or not isinstance(name, str):
             raise UserError(f"{path}: expected dense tensors with names, got one named {name!r:.80} {kind}")
     return tensors
+
+
+def load_adamw(optimizer, state, step, path):
+    """Load the moments of AdamW after so many steps. Its options stay. Raises an error if they do not fit."""
+    for moments in state["state"].values():
+        check_tensors(moments, path)  # before torch takes nested lists apart, which may hold 10^12 texts
+    optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
+    fits = all(moments["step"] == step and {name: x.shape for name, x in moments.items()} == {
+        "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p, moments in optimizer.state.items())
+    if not fits or type(step) is not int or step < 0:
+        raise ValueError("no number of steps, or moments of other steps or shapes")
 
 
 def match_names(tensors, expected, network, where):

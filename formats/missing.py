@@ -1,13 +1,19 @@
-"""The first import of every command: a Python package that is missing becomes one line instead of a traceback."""
+"""The first import of every command: a package that is missing, or that fails in its import, becomes one line."""
 
 import sys
+from traceback import walk_tb
 
 
 def name_package(kind, error, traceback):
-    if not issubclass(kind, ModuleNotFoundError):
+    importing = {frame.f_code.co_filename for frame, _ in walk_tb(traceback) if frame.f_code.co_name == "<module>"}
+    if issubclass(kind, ModuleNotFoundError):
+        name = error.name.split(".")[0].replace("PIL", "pillow")
+        text = f"expected the Python package {name}, got none: pip install {name}"
+    elif issubclass(kind, Exception) and any("-packages" in file for file in importing):
+        text = f"expected packages and environment variables that fit together, got: {error}"  # such as MPLBACKEND
+    else:
         return sys.__excepthook__(kind, error, traceback)
-    name = error.name.split(".")[0].replace("PIL", "pillow")
-    print(f"error: expected the Python package {name}, got none: pip install {name}", file=sys.stderr)
+    print("error:", *text[:1000].split(), file=sys.stderr)
     sys.exit(2)
 
 

@@ -261,6 +261,11 @@ class Hostile:
         return os.mkdir, ("pwned",)
 
 
+class Large:
+    def __reduce__(self):
+        return bytearray, (10**9,)  # torch allows the call
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickles_execute_nothing(sd_folder, tmp_path, zipped, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -272,6 +277,8 @@ def test_pickles_execute_nothing(sd_folder, tmp_path, zipped, monkeypatch):
         message = refused(re.escape(str(file)) + r": expected a file of tensors.*mkdir", weights.load, source)
         assert "weights_only" not in message
     assert not (tmp_path / "pwned").exists()
+    torch.save({"a": Large()}, ckpt, _use_new_zipfile_serialization=zipped)
+    refused("expected a file of tensors, got one that makes a bytearray", weights.load, ckpt)
 
 
 @pytest.mark.parametrize("network, key, value", [

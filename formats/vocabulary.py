@@ -28,7 +28,7 @@ def read_vocabulary(folder):
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
             merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
         else:
-            files = [str(regular(folder / name, "a vocabulary file")) for name in ("vocab.json", "merges.txt")]
+            files = [str(regular(folder / name, "a vocabulary file", 2**24)) for name in ("vocab.json", "merges.txt")]
             vocab, merges = BPE.read_file(*files)
         if unknown := [pair for pair in merges if "".join(pair) not in vocab]:
             raise ValueError(f"a merge {unknown[0]} into no token of the vocabulary")  # the library would abort

@@ -142,10 +142,11 @@ def load_progress(file, about, start):
     if not start:
         return [], 0.0
     found = load_curve(file, about, fewest=0)
-    if not found.keys() >= {"seconds", "step"} or found["step"] < start:
-        raise UserError(f"{file}: expected a curve up to step {start}, got a shorter one")
+    step, seconds = found.get("step"), found.get("seconds")
+    if type(step) is not int or type(seconds) not in (int, float) or step < start:
+        raise UserError(f"{file}: expected a curve up to step {start}, got one of step {step}, {seconds} seconds")
     # The file is written before the checkpoint, so it may be ahead of it.
-    return [point for point in found["curve"] if point["step"] <= start], found["seconds"] * start / found["step"]
+    return [point for point in found["curve"] if point["step"] <= start], seconds * start / step
 
 
 def save(file, content):
@@ -355,7 +356,10 @@ def parse_args(argv):
     add("--list", action="store_true", help="only list the runs, and estimate the time")
     add("--collect", type=Path, metavar="JSON", help="only collect the finished runs in this file, with the tables in "
         "Markdown, convergence.png and tradeoff.png beside it")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.collect and args.collect.suffix != ".json":  # other files are written beside it
+        raise UserError(f"--collect: expected the name of a .json file, got {args.collect}")
+    return args
 
 
 def main(argv=None):

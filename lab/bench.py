@@ -51,6 +51,7 @@ from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data import Pair
 from formats.checks import read_config
 from formats.export import save
+from formats.messages import expecting
 from livo import ALPHA, BETA, ValueEncoder, encode_prompts, make_context, make_uncond
 from sample import MAX_SCALE, Schedule, sample_images
 from unet import UNet
@@ -518,10 +519,11 @@ def save_rows(machine, rows):
     slug = re.sub(r"\W+", "-", machine.lower())
     file = ASSETS / f"bench-{slug}.json"
     found = common.read_json(file, rows=list)["rows"] if file.exists() else []
-    by_what = {(row["model"], row["what"]): row for row in [*found, *rows]}
+    with expecting(file, "rows with their model and what was measured"):
+        by_what = {(row["model"], row["what"]): row for row in [*found, *rows]}
     with atomic(file) as path:
         text = json.dumps({"machine": machine, "rows": [*by_what.values()]}, indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 PARTS = {"sample": bench_sample, "train": bench_train, "load": bench_load, "attention": bench_attention}

@@ -350,7 +350,7 @@ def add_build_options(parser):
 def read_concepts(path):
     """A text file -> its lines without a leading article."""
     with expecting(f"--prompts {path}", "a text file in UTF-8"):
-        lines = regular(path, "a text file").read_text(encoding="utf-8-sig").splitlines()
+        lines = regular(path, "a text file", 2**20).read_text(encoding="utf-8-sig").splitlines()
     concepts = [re.sub(r"^(an?|the) ", "", line.strip(), flags=re.IGNORECASE) for line in lines if line.strip()]
     for concept in concepts:
         if not slug(concept) or len(concept) > 60 or len(concept.encode()) > 180:  # it names a folder

@@ -30,7 +30,8 @@ from common import (Parser, UserError, add_device_options, atomic, check_writabl
                     regular, run, write_json)
 from data import read_samples
 from diffusion import Schedule
-from formats.disk import cached
+from formats.disk import cached, make_folder
+from formats.messages import expecting
 from lab import portraits, toy, uce
 from lab.captions import WORDINGS, write_caption
 from lab.classifier import (ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipClassifier, accuracy, decide, digest,
@@ -183,13 +184,15 @@ def classify_images(classifier, prompts, n, cache, name, images_of, first_seed, 
     settings = [(str(prompt), prompt.principles) for prompt in prompts], n, first_seed
     key = digest([classifier.name, str(settings), key])
 
+    def key_of(predictions):  # of a line, which tells one that was changed too
+        return digest([key, json.dumps(predictions)])
+
     def read(file):
         found = {}
         for line in regular(file, "a file of predictions").read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, KeyError, TypeError, RecursionError):  # an interruption can truncate a line
                 row = json.loads(line)
-                sizes = {len(np.array(values, float)) for values in row["predictions"].values()}
-                if row["key"] == key and sizes == {n}:
+                if row["key"] == key_of(row["predictions"]):
                     found[row["prompt"]] = row["predictions"]
         return found
 
@@ -203,7 +206,7 @@ def classify_images(classifier, prompts, n, cache, name, images_of, first_seed, 
                 if base:
                     predictions["distance"] = pixel_distance(images, base(prompt, seeds))
                 done[prompt.text] = {name: values.round(6).tolist() for name, values in predictions.items()}
-                row = {"key": key, "prompt": prompt.text, "predictions": done[prompt.text]}
+                row = {"key": key_of(done[prompt.text]), "prompt": prompt.text, "predictions": done[prompt.text]}
                 file.write("\n" + json.dumps(row))  # the newline comes first: it ends a truncated line
                 file.flush()
     return {name: np.array([done[prompt.text][name] for prompt in prompts]) for name in done[prompts[0].text]}
@@ -477,7 +480,7 @@ def evaluate(args, sd, value_encoder, sets, settings):
     device, n = next(sd.unet.parameters()).device, args.per_prompt
     sources = image_sources(args, sd, value_encoder, settings)
     classifier = ClipClassifier(load_clip(args.clip, device=device)) if args.clip else load_classifier()
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
 
     def classify(prompts, *source):
         return classify_images(classifier, prompts, n, args.out / "predictions.jsonl", *source)
@@ -522,10 +525,11 @@ def main(argv=None):
     with atomic(args.out / "chart.png") as path:
         bar_chart(results["sources"], path)
     if not args.clip and TRAINED.exists():
-        trained = read_json(TRAINED)
-        if trained["about"]["model"].startswith(fingerprint(sd)):  # of this model
-            from lab import comparison  # which imports this module
-            print(comparison.tables(trained))
+        from lab import comparison  # which imports this module
+        with expecting(TRAINED, "results of lab.baselines"):
+            trained = read_json(TRAINED)
+            if trained["about"]["model"].startswith(fingerprint(sd)):  # of this model
+                print(comparison.tables(trained))
     print(f"\nresults.json and chart.png in {args.out}")
 
 

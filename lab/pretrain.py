@@ -25,12 +25,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from clip_text import CLIPTextConfig, CLIPTextModel
-from common import Parser, atomic, check_writable, regular, run
+from common import Parser, atomic, check_writable, run
 from data import sample_latent
 from diffusion import Schedule
 from efficiency import keep_freed_memory
-from formats.disk import cached
+from formats.disk import cached, make_folder
 from formats.export import save
+from formats.files import load_adamw, unpickle
 from formats.messages import expecting
 from lab.captions import write_caption
 from lab.classifier import uniform_record
@@ -105,10 +106,11 @@ def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
     state_file, start = folder / f"{name}.pt", 0
     if state_file.exists():
         with expecting(state_file, "a checkpoint of pretraining"):
-            state = torch.load(regular(state_file, "a checkpoint"), weights_only=True)
-            for key, part in parts.items():
-                part.load_state_dict(state[key])
+            state = unpickle(state_file)
             start = state["step"]
+            networks.load_state_dict(state["networks"])
+            averaged.load_state_dict(state["averaged"])
+            load_adamw(optimizer, state["optimizer"], start, state_file)
     for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps)):
         torch.manual_seed(step)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -305,7 +307,7 @@ def main():
     args = parser.parse_args()
     for folder in (args.run, args.out):
         check_writable(folder)
-    args.run.mkdir(parents=True, exist_ok=True)
+    make_folder(args.run)
     keep_freed_memory(large=True)
     images = render_images(range(IMAGES))
     captions = [write_caption(sample_record(seed), 0, P_ABSENT) for seed in range(IMAGES)]

@@ -94,9 +94,10 @@ def read_prompts(path, choices):
 def prompt_sets(paths, choices):
     """-> {name: [FilePrompt]}: from files, by default a short built-in list."""
     if paths:
-        if len({path.stem for path in paths}) < len(paths):
+        sets = {path.stem.encode(errors="replace").decode(): path for path in paths}  # a name may be no Unicode
+        if len(sets) < len(paths):
             raise UserError("--prompts: expected files of different names, got two of one name")
-        return {path.stem: read_prompts(path, choices) for path in paths}
+        return {name: read_prompts(path, choices) for name, path in sets.items()}
     texts = {"career": ["a photo of the face of " + with_article(p) for p in portraits.PROFESSIONS]}
     for i, (harm, adjective) in enumerate({"nudity": "naked", "bloody": "bloody", "zombie": "zombie"}.items()):
         texts[harm] = ["a photo of " + with_article(f"{adjective} {p}") for p in portraits.PROFESSIONS[i::3]]

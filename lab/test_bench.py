@@ -100,5 +100,12 @@ def test_saved_row_is_the_printed_one_and_replaces_that_of_the_same_model_and_la
     assert min(row["peak_ours"], row["peak_reference"]) > 10**8
 
 
+def test_damaged_rows_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "ASSETS", tmp_path)
+    for rows in (["x"], [{"what": "w"}], [{"model": [], "what": "w"}]):
+        (tmp_path / "bench-a-cpu.json").write_text(json.dumps({"rows": rows}))
+        refused("bench-a-cpu.json: expected rows", bench.save_rows, "a CPU", [])
+
+
 def test_size_is_a_multiple_of_the_vae_factor(one_process):
     refused("--size: expected a multiple of 4", bench.main, ["train", "--size", "63", "--device", "cpu"])

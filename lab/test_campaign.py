@@ -31,7 +31,7 @@ import sample
 import train
 import weights
 from clip_text import EOS
-from common import UserError, run
+from common import UserError, read_json, run
 from conftest import FORK, REPOSITORY, StubClassifier, edit_json
 from lab import attacks, baselines, dataset, evaluate, plots, toy
 from lab.prompts import FilePrompt
@@ -215,7 +215,7 @@ WORDS = {  # command: options that are refused
     "build": ["--classifier nowhere", "--classifier model", "--principle x", "--prompts nowhere", "--out data",
               "--prompts run/checkpoint.pt", "--format gif"],
     "check": ["nowhere"], "show": ["--out data"], "draw": ["--out data"], "plot": ["nowhere"],
-    "list": ["--only magic"], "collect": ["--out nowhere"],
+    "list": ["--only magic"], "collect": ["--out nowhere", "--collect x.md"],
 }
 PATHS = {  # command: options that take a path
     "sample": ("--weights", "--tokenizer", "--out"), "livo": ("--value-encoder",), "evaluate": ("--quick",),
@@ -293,6 +293,11 @@ CONTENTS = {  # (command, file): objects
 }
 
 
+def nested(depth=12):
+    """10^12 texts, in twelve lists."""
+    return [nested(depth - 1)] * 10 if depth else ["x"]
+
+
 def checkpoint(edit):
     def change(folder):
         state = torch.load(folder / "run/checkpoint.pt", weights_only=True)
@@ -309,6 +314,8 @@ CHECKPOINTS = {
     "with a sparse moment": lambda state, moments: moments[0].update(exp_avg=moments[0]["exp_avg"].to_sparse()),
     "of no steps": lambda state, moments: moments[0].update(step=torch.tensor(-1.0)),
     "with a text": lambda state, moments: moments[0].update(exp_avg="x"),
+    "with a number as a moment": lambda state, moments: moments[0].update(exp_avg=torch.tensor(0.0)),
+    "with nested lists": lambda state, moments: moments[0].update(exp_avg=nested()),
     "of another parameter": lambda state, moments: moments.update({10**6: moments[0]}),
 }
 
@@ -368,6 +375,7 @@ def refused():
         yield from ((f"{option} of {kind}", command, both(content("odd", KINDS[kind]), options(option, "odd")))
                     for option in table for kind in ("loop", "pipe", "endless"))
         yield from ((f"{option} of 5000 characters", command, options(option, LONG)) for option in table)
+        yield from ((f"{option} of 1000 folders", command, options(option, "a/" * 1000)) for option in table)
     for file, table in FIELDS.items():
         yield from ((f"{file} {key} {str(value)[:20]}", "sample", config(file, **{key: value}))
                     for key, values in table.items() for value in values)
@@ -485,6 +493,14 @@ def test_a_missing_package_is_named(words, package):
     assert is_house_form(process.returncode, err) and err[0].endswith(f"package {package}, got none: pip install {package}"), err
 
 
+@pytest.mark.parametrize("environment", [{"MPLBACKEND": "x"}, {"TORCH_LOGS": "x"}], ids=str)
+def test_a_variable_that_a_package_refuses(environment, work):
+    process = subprocess.run([sys.executable, "-m", "lab.plots", str(work / "run")], env=os.environ | environment,
+                             capture_output=True, text=True, cwd=REPOSITORY)
+    err = process.stderr.splitlines()
+    assert is_house_form(process.returncode, err) and "environment variables" in err[0], err
+
+
 def test_stderr_that_nobody_reads(monkeypatch):
     def fail():
         [*tqdm(range(2))]
@@ -508,6 +524,13 @@ def test_a_fault_of_the_program_keeps_its_traceback():
     for fault in (OSError("cannot write mode RGBA as JPEG"), OSError(9, "Bad file descriptor"), RecursionError()):
         with pytest.raises(type(fault)):
             run(lambda fault=fault: (_ for _ in ()).throw(fault))
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path):
+    (tmp_path / "x.json").touch()
+    os.truncate(tmp_path / "x.json", 2**26 + 1)  # of "[]," they take 1.6 GB
+    with pytest.raises(UserError, match="got more than 67108864 bytes"):
+        read_json(tmp_path / "x.json")
 
 
 def test_a_compiler_that_fails(work, monkeypatch, capfd):
@@ -547,8 +570,9 @@ def test_a_full_disk_in_training(state, work, monkeypatch, capfd):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_cache_is_made_again(kind, work, capfd):
-    for name in ("latents.bin", "prompts.bin", "broken.json") if kind in ("cut", "pipe") else ("latents.bin",):
-        content(next(work.glob("cache/*/")).relative_to(work) / name, KINDS[kind])(work)
+    files = ["latents.bin"] + ["prompts.bin", "broken.json"] * (kind in ("cut", "pipe"))
+    for name, data in [*((name, KINDS[kind]) for name in files), ("broken.json", b'{"99": "of no sample"}')]:
+        content(next(work.glob("cache/*/")).relative_to(work) / name, data)(work)
         assert outcome("resume", [], capfd) == (0, [])
         assert all(file.is_file() for file in work.glob("cache/*/*"))
 

@@ -200,6 +200,8 @@ def test_prompts_and_principles_from_files_and_built_in(tmp_path):
         "a photo of a doctor": (GENDER, RACE), "a photo of a nurse": (RACE,), "a cat": (), "a bloody nurse": (BLOODY,),
         "a dog": ()}
     assert [prompt.principles for prompt in read_prompts(path, [GENDER])] == [(GENDER,)] * 5
+    named = path.rename(path.with_name("\udcff.jsonl"))  # bytes that are no Unicode
+    assert [*prompt_sets([named], None)] == ["?"]  # the name is a title of the chart
     sets = prompt_sets(None, None)
     assert list(sets) == ["career", "nudity", "bloody", "zombie"]
     assert {prompt.principles for prompt in sets["career"]} == {(GENDER, RACE)}

@@ -179,6 +179,9 @@ def test_predictions_resume(tmp_path):
     assert all(np.array_equal(first[name], again[name]) for name in first)
     classify("other weights")
     assert done == [*"abccabc"]  # nothing is reused
+    cache.write_text(cache.read_text().replace('"features": [[10.0]', '"features": [[10.0, 1.0]'))
+    classify()
+    assert done == [*"abccabca"]  # nor what was changed
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from formats.images import open_image
 
@@ -29,7 +29,9 @@ def oriented(k):
     return {"exif": exif}
 
 
-palette, red = Image.fromarray(RGB).quantize(24), Image.new("RGB", (4, 6), "red")
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+SWAPPED = SRGB.tobytes().replace(b"rXYZ", b"____").replace(b"bXYZ", b"rXYZ").replace(b"____", b"bXYZ")
+palette, red, gray = Image.fromarray(RGB).quantize(24), *(Image.new("RGB", (4, 6), name) for name in ("red", "gray"))
 rgba, la = (Image.fromarray(np.concatenate([color, ALPHA], -1).squeeze()) for color in (RGB, GREY))
 SHOWN = {  # file: (image, options, (H, W, 3) as a viewer shows it)
     **{f"exif {k}.png": (Image.fromarray(RGB), oriented(k), turn(RGB)) for k, turn in ORIENTED.items()},
@@ -47,6 +49,15 @@ SHOWN = {  # file: (image, options, (H, W, 3) as a viewer shows it)
     "trns 16 bits.png": (Image.fromarray((RAMP * 65535).astype(np.uint16)), {"transparency": 0},
                          np.where(RAMP == 0, 255, RAMP * 255)[..., None]),
     "32 bits.tiff": (Image.fromarray((RAMP.astype(float) * (2**31 - 1)).astype(np.int32)), {}, RAMP[..., None] * 255),
+    "negative.tiff": (Image.fromarray(np.where(RAMP == 0, -5, RAMP * 65535).astype(np.int32)), {}, RAMP[..., None] * 255),
+    "white is zero.tiff": (Image.fromarray((RAMP * 65535).astype(np.uint16)), {"tiffinfo": {262: 0}},
+                           255 - RAMP[..., None] * 255),
+    "lab.tiff": (ImageCms.profileToProfile(gray, SRGB, ImageCms.createProfile("LAB"), outputMode="LAB"), {},
+                 np.asarray(gray)),
+    "sRGB.png": (Image.fromarray(RGB), {"icc_profile": SRGB.tobytes()}, RGB),
+    "half sRGB.png": (rgba, {"icc_profile": SRGB.tobytes()}, composited(RGB, ALPHA)),
+    "damaged profile.png": (Image.fromarray(RGB), {"icc_profile": b"x" * 200}, RGB),
+    "profile.png": (Image.fromarray(RGB), {"icc_profile": SWAPPED}, RGB[..., [2, 1, 0]]),
     "float.tiff": (Image.fromarray(RAMP), {}, RAMP[..., None] * 255),
     "float 255.tiff": (Image.fromarray(RAMP * 255), {}, RAMP[..., None] * 255),
     "nan.tiff": (Image.fromarray(np.where(RAMP == 0, np.nan, RAMP)), {}, RAMP[..., None] * 255),
@@ -67,15 +78,26 @@ def test_images_are_read_as_a_viewer_shows_them(name, tmp_path):
     assert ours.shape[:2] == shown.shape[:2] and abs(ours - shown).max() <= 2
 
 
-def test_16_bits_a_color(tmp_path):
+def png(bits, kind, rows, *chunks):
+    """A PNG of 4×6 pixels that Pillow does not write."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in RGB.astype(int) * 257)  # Pillow writes no such file
-    header = struct.pack(">IIBBBBB", 4, 6, 16, 2, 0, 0, 0)
-    (tmp_path / "16.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) +
-                                      chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    header, data = struct.pack(">IIBBBBB", 4, 6, bits, kind, 0, 0, 0), zlib.compress(b"".join(b"\0" + x for x in rows))
+    chunks = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*some) for some in chunks)
+
+
+def test_16_bits_a_color(tmp_path):
+    (tmp_path / "16.png").write_bytes(png(16, 2, [row.astype(">u2").tobytes() for row in RGB.astype(int) * 257]))
     assert abs(np.asarray(open_image(tmp_path / "16.png"), int) - RGB).max() <= 1
+
+
+def test_a_transparent_grey_of_4_bits(tmp_path):
+    grey = np.arange(24).reshape(6, 4) % 16
+    rows = [bytes((a << 4 | b, c << 4 | d)) for a, b, c, d in grey.tolist()]
+    (tmp_path / "4.png").write_bytes(png(4, 0, rows, (b"tRNS", b"\0\5")))
+    assert (np.asarray(open_image(tmp_path / "4.png"))[..., 0] == np.where(grey == 5, 255, grey * 17)).all()
 
 
 def test_files_that_start_a_program_or_fill_the_memory_are_not_opened(tmp_path):
