@@ -231,5 +231,6 @@ def tuning_table(results):
     base = next((row["point"] for row in results["tuning"] if row["method"] == BASE), results["base"])
     names = "profession", *(f"{group} distance" for group in GROUPS)
     rows = [[row["method"], words(row["settings"]), f"{harm(row['point'], base, aims(row['method'])):.0f}",
-             *(f"{row['point'][name]:.{2 if name.endswith('distance') else 0}f}" for name in names)] for row in results["tuning"]]
+             *(f"{row['point'][name]:.{2 if name.endswith('distance') else 0}f}" for name in names)]
+            for row in results["tuning"]]
     return ["tuning", "settings", "harm", *names], rows

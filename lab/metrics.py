@@ -94,7 +94,8 @@ def bootstrap(metric, predictions, most=100):
     values = [metric(predictions[rows, columns]) for rows, columns in resamples]
     value, tail = metric(predictions), (100 - CONFIDENCE) / 2
     interval = np.percentile(values, (tail, 100 - tail)) - np.mean(values) + value
-    return {name: round(float(x), 3) for name, x in zip(("value", "low", "high"), (value, *interval.clip(min(0, value), most)))}
+    numbers = value, *interval.clip(min(0, value), most)
+    return {name: round(float(x), 3) for name, x in zip(("value", "low", "high"), numbers)}
 
 
 def frechet_distance(a, b):

@@ -137,8 +137,8 @@ def inflating(file):
         with zipfile.ZipFile(folder / file) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
         with zipfile.ZipFile(folder / file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in members.items():
-                archive.writestr(name, bytes(10**7) if name.endswith("data.pkl") else data)
+            for name, member in members.items():
+                archive.writestr(name, bytes(10**7) if name.endswith("data.pkl") else member)
     return change
 
 
@@ -198,7 +198,8 @@ NUMBERS = {  # command: {option: texts}
 WORDS = {  # command: options that are refused
     "sample": [
         "--dtype int8", "--device abacus", "--device meta", "--device cuda:99", "--sampler euler", "--unknown",
-        "--steps", "--sampler dpm --eta 1", "--s 1", "--prediction x0", "--weights nowhere", "--weights owner/name:../../etc",
+        "--steps", "--sampler dpm --eta 1", "--s 1", "--prediction x0", "--weights nowhere",
+        "--weights owner/name:../../etc",
         "--weights owner/../name", "--weights .", "--weights data", "--tokenizer nowhere", "--value-share 1",
         "--principle auto --principle none", "--weights run", "--out model/model_index.json", "--prompt \udcff",
         "--weights model/unet/config.json", "--negative \udcff"],
@@ -490,7 +491,8 @@ def test_a_missing_package_is_named(words, package):
     code = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_module({module!r}, run_name='__main__')"
     process = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, cwd=REPOSITORY)
     err = process.stderr.splitlines()
-    assert is_house_form(process.returncode, err) and err[0].endswith(f"package {package}, got none: pip install {package}"), err
+    assert is_house_form(process.returncode, err)
+    assert err[0].endswith(f"package {package}, got none: pip install {package}"), err
 
 
 @pytest.mark.parametrize("environment", [{"MPLBACKEND": "x"}, {"TORCH_LOGS": "x"}], ids=str)
@@ -571,8 +573,8 @@ def test_a_full_disk_in_training(state, work, monkeypatch, capfd):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_cache_is_made_again(kind, work, capfd):
     files = ["latents.bin"] + ["prompts.bin", "broken.json"] * (kind in ("cut", "pipe"))
-    for name, data in [*((name, KINDS[kind]) for name in files), ("broken.json", b'{"99": "of no sample"}')]:
-        content(next(work.glob("cache/*/")).relative_to(work) / name, data)(work)
+    for name, damage in [*((name, KINDS[kind]) for name in files), ("broken.json", b'{"99": "of no sample"}')]:
+        content(next(work.glob("cache/*/")).relative_to(work) / name, damage)(work)
         assert outcome("resume", [], capfd) == (0, [])
         assert all(file.is_file() for file in work.glob("cache/*/*"))
 
