@@ -302,7 +302,7 @@ def test_sample_size_of_old_conversions_is_that_of_diffusers(sd_folder, version,
     expected = diffusers.StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None).unet.config.sample_size
     with warnings.catch_warnings(record=True, action="always") as caught:
         assert weights.load(sd_folder).unet.config.sample_size == expected
-    assert [str(warning.message)[-14:] for warning in caught] == ["is taken as 64"] * (expected == 64)
+    assert {str(warning.message)[-14:] for warning in caught} == {*["is taken as 64"] * (expected == 64)}
 
 
 def test_prediction_type_of_the_caller_or_else_of_the_folder(sd_folder):
