@@ -4,13 +4,8 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
-import tempfile
-import warnings
 from pathlib import Path
-
-import torch
 
 
 class UserError(Exception):
@@ -34,15 +29,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call main(). What is due to the input or the system becomes `error: …` and exit code 2; Ctrl-C is exit code 130.
-
-    Errors and warnings are one line each.
-    """
-    from formats.messages import explain, tell
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
-    warnings.showwarning = lambda text, *_: tell("warning:", one_line(text))
+    """Call main(). What is due to the input or the system becomes `error: …` and exit code 2; Ctrl-C is exit code 130."""
+    from formats.messages import explain, prepare_streams, tell
+    prepare_streams()
     try:
         main()
         print(end="", flush=True)  # here, where a closed pipe or a full disk can still be told
@@ -52,15 +41,10 @@ def run(main):
     except Exception as error:
         if not (text := explain(error)):
             raise
-        tell("error:", one_line(text))
+        tell("error:", text)
         if isinstance(error, OSError) and not error.filename:
             sys.stdout = open(os.devnull, "w")  # Python flushes it again when it exits
         sys.exit(2)
-
-
-def one_line(text, length=1000):
-    line = re.sub(r"(\S{80})\S{80,}", r"\1…", " ".join(str(text).split()))
-    return line if len(line) <= length else line[:length] + "…"
 
 
 def number(kind, low, high):
@@ -76,42 +60,7 @@ def number(kind, low, high):
     return parse
 
 
-def add_device_options(parser, default="fp16 on CUDA, else fp32"):
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="",
-                        help=f"auto is the fastest, on some CPUs bf16 for a full-size model (default: {default})")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-
-
-def pick_device(name, dtype):
-    """The options --device and --dtype -> torch.device, torch.dtype (None for "auto": the model decides too).
-
-    Under torchrun each process of a machine gets a GPU of its own. Raises UserError for a device that is not there.
-    """
-    try:
-        if name in ("auto", "cuda") and torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        else:
-            device = torch.device("cpu" if name == "auto" else name)
-        torch.zeros(1, device=device).item()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # where the kernels of attention.py start
-    except (RuntimeError, AssertionError, ImportError, ValueError) as error:  # torch raises nothing narrower
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise UserError(f"--device: expected auto, cpu, cuda, …, got {name}: {reason}") from error
-    dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
-    return device, {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-
-
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-def check_writable(folder):
-    """Raise UserError if `folder` cannot be made and written to. Leaves nothing behind."""
-    try:
-        existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise UserError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
-
 
 def regular(path, what, largest=2**26):
     """The path of a regular file of at most `largest` bytes. Raises UserError for others, which may never end."""

@@ -321,13 +321,13 @@ def hub(published, tmp_path):
 
 
 FETCH = """
-import sys, warnings, common, weights, lab.clip_image
+import sys, warnings, common, formats.messages, weights, lab.clip_image
 for call in sys.argv[1:]:
     with warnings.catch_warnings(record=True) as caught:
         try:
             print(type(eval(call)).__name__, *(warning.message for warning in caught))
         except common.UserError as error:
-            print("error:", common.one_line(error))
+            print("error:", formats.messages.one_line(error))
 """
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import UserError, atomic, check_writable, number, read_json, regular, write_json
+from common import UserError, atomic, number, read_json, regular, write_json
 from livo import aligned_hinge, livo_loss, violating_hinge
 from retrieve import retrieve
 from sample import MAX_PRINCIPLES, captioned, generate
@@ -87,6 +87,7 @@ def parse_settings(parser, cls, argv):
 
 
 def check_new(folder):
+    from formats.disk import check_writable
     check_writable(folder)
     if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
         raise UserError(f"{folder}: expected a new folder, got one with files in it; "

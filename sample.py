@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 import livo
 import weights
-from common import (Parser, UserError, add_device_options, atomic, check_writable, number, one_line, pick_device,
-                    run)
+from common import Parser, UserError, atomic, number, run
 from diffusion import Schedule, denoise, sample_noise
-from efficiency import compile_unet
+from efficiency import add_device_options, compile_unet, pick_device
 from livo import is_bias, load_value_encoder, spread
 from retrieve import TOXIC, retrieve
 
@@ -112,7 +111,7 @@ def grid(images):
 def captioned(rows):
     """[(caption, PIL images of one size)] -> a sheet, each caption above its row."""
     font, (width, height), strip = ImageFont.load_default(), rows[0][1][0].size, 16
-    rows = [(one_line(caption, 200), images) for caption, images in rows]
+    rows = [(" ".join(caption.split())[:200], images) for caption, images in rows]
     widths = [max(len(images) * width, math.ceil(font.getlength(caption)) + 8) for caption, images in rows]
     sheet = Image.new("RGB", (max(widths), len(rows) * (height + strip)), "white")
     for row, (caption, images) in enumerate(rows):
@@ -209,6 +208,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    from formats.disk import check_writable
     args = parse_args(argv)
     device, dtype = pick_device(args.device, args.dtype)
     check_writable(args.out)

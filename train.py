@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 
 import weights
-from common import Parser, UserError, add_device_options, pick_device, run
+from common import Parser, UserError, run
 from data import PreferenceDataset, is_preservation
 from diffusion import Schedule
-from efficiency import checkpoint_layers, keep_freed_memory
+from efficiency import add_device_options, checkpoint_layers, keep_freed_memory, pick_device
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, load_value_encoder, make_context,
                   violating_hinge)
 from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new, join_processes, load_preset, one_first,

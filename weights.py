@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
+import efficiency
 from clip_text import CLIPTextModel, CLIPTokenizer
 from common import UserError, atomic_folder, regular, write_json
-from efficiency import keep_freed_memory
 from unet import UNet
 from vae import VAE
 
@@ -28,8 +28,6 @@ NETWORKS = {"unet": UNet, "vae": VAE, "text_encoder": CLIPTextModel}
 SCHEDULER = dict(  # of a checkpoint that comes without one
     _class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, clip_sample=False,
     beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading")
-# UNet channels from which bfloat16 (1.15 times at 160, 0.7 at 64) and channels last (1.07 at 320) are faster on a CPU.
-WIDE = 160
 SubModel = namedtuple("SubModel", "config tensors where")  # a network as read; where: the file, for error messages
 
 
@@ -59,7 +57,7 @@ def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer
     device = torch.device(device)
 
     def dtypes(unet=None):
-        fast = dtype or fastest_dtype(device, unet)
+        fast = dtype or efficiency.fastest_dtype(device, unet)
         full = torch.float32 if dtype or fast == torch.float16 else fast
         return {"unet": fast, "vae": vae_dtype or full, "text_encoder": fast}
 
@@ -74,10 +72,10 @@ def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer
     prediction = checks.check_fit(sub_models, tokenizer, prediction_type or scheduler.get("prediction_type"), source)
     networks = {name: build(NETWORKS[name], sub_models[name], dtype, device)
                 for name, dtype in dtypes(sub_models["unet"].config).items()}
-    for name in ("unet", "vae") if networks["unet"].config.block_out_channels[0] >= WIDE else ():
+    for name in ("unet", "vae") if networks["unet"].config.block_out_channels[0] >= efficiency.WIDE else ():
         networks[name].to(memory_format=torch.channels_last)
     if device.type == "cpu":
-        keep_freed_memory()
+        efficiency.keep_freed_memory()
     return StableDiffusion(**networks, tokenizer=tokenizer, scheduler={**scheduler, "prediction_type": prediction})
 
 
@@ -94,14 +92,6 @@ def local(source):
     """The Path of a file or folder of this machine, None for anything else."""
     path = os.path.expanduser(source)
     return Path(path) if os.path.exists(path) else None
-
-
-def fastest_dtype(device, unet=None):
-    """float16 on a GPU; bfloat16 on a CPU with instructions for it, if the UNet (a config) is wide; else float32."""
-    if device.type == "cuda":
-        return torch.float16
-    able = device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
-    return torch.bfloat16 if able and (unet is None or unet.block_out_channels[0] >= WIDE) else torch.float32
 
 
 def read_folder(path, source, dtypes, tokenizer):

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shutil
+import tempfile
 import warnings
 
 from common import UserError, regular
@@ -34,6 +35,15 @@ def writing(path, suffix=""):
     finally:
         if temporary:
             remove(temporary)
+
+
+def check_writable(folder):
+    """Raise UserError if `folder` cannot be made and written to. Leaves nothing behind."""
+    try:
+        existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
 
 
 def make_folder(folder):

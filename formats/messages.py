@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from errno import EDQUOT, EFBIG, EIO, ENOMEM, ENOSPC, EPIPE
 from pickle import UnpicklingError
 
@@ -28,12 +29,25 @@ ARGPARSE = {
 SYSTEM = EPIPE, ENOSPC, EDQUOT, EFBIG, EIO, ENOMEM  # errors that name no file
 
 
+def prepare_streams():
+    """Make stdout and stderr take any text, and print warnings as one line each."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
+    warnings.showwarning = lambda text, *_: tell("warning:", text)
+
+
 def tell(*words):
     """Print a line on stderr, unless that is a closed pipe or full: the exit code tells it too."""
     try:
-        print(*words, file=sys.stderr, flush=True)
+        print(one_line(" ".join(map(str, words))), file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = open(os.devnull, "w")  # Python flushes the other again when it exits
+
+
+def one_line(text, length=1000):
+    line = re.sub(r"(\S{80})\S{80,}", r"\1…", " ".join(str(text).split()))
+    return line if len(line) <= length else line[:length] + "…"
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 import weights
-from common import Parser, UserError, atomic, check_writable, number, regular, run, write_json
+from common import Parser, UserError, atomic, number, regular, run, write_json
+from formats.disk import check_writable
 from formats.messages import expecting
 from lab import baselines
 from lab.captions import WORDINGS

@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import train
 import weights
-from common import Parser, UserError, atomic, check_writable, number, read_json, run, write_json
+from common import Parser, UserError, atomic, number, read_json, run, write_json
 from data import PreferenceDataset
 from diffusion import Schedule
-from formats.disk import locked
+from formats.disk import check_writable, locked
 from formats.files import unpickle
 from lab import evaluate, portraits, toy, uce
 from lab.classifier import digest, load_classifier

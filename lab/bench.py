@@ -42,13 +42,14 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import common
+import efficiency
 import train
 import weights
 from attention import attend, has_kernels
-from efficiency import keep_freed_memory
-from common import Parser, UserError, add_device_options, atomic, number, pick_device, run
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from common import Parser, UserError, atomic, number, run
 from data import Pair
+from efficiency import add_device_options, keep_freed_memory, pick_device
 from formats.checks import read_config
 from formats.export import save
 from formats.messages import expecting
@@ -128,7 +129,7 @@ def time_attention(batch, heads, d, N, M, device, dtype):
 def bench_attention(model, args):
     """Self- and cross-attention of every level of the UNet."""
     (device, dtype), batch = pick_device(args.device, args.dtype), args.batch or 2  # guidance takes 2 samples an image
-    dtype = dtype or weights.fastest_dtype(device)
+    dtype = dtype or efficiency.fastest_dtype(device)
     if not (has_kernels(device) and dtype.itemsize == 2):
         print(f"On {device.type} in {dtype} ours IS scaled_dot_product_attention: the ratios show the timer's noise.")
     print_header("milliseconds", "sdpa", peaks=False)
@@ -505,7 +506,7 @@ def prepare(full, device):
             shutil.copytree(TINY_SD, folder)
         unet = read_config(folder / "unet" / "config.json", UNet)
         factor = read_config(folder / "vae" / "config.json", VAE).factor
-        yield Model(folder, device, weights.fastest_dtype(device, unet), factor, unet.sample_size * factor)
+        yield Model(folder, device, efficiency.fastest_dtype(device, unet), factor, unet.sample_size * factor)
 
 
 def machine(device):

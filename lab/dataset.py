@@ -39,9 +39,10 @@ from tqdm import tqdm
 
 import data
 import weights
-from common import (Parser, UserError, add_device_options, atomic, atomic_folder, check_writable, number, pick_device,
-                    read_json, regular, run, write_json)
+from common import Parser, UserError, atomic, atomic_folder, number, read_json, regular, run, write_json
 from diffusion import Schedule
+from efficiency import add_device_options, pick_device
+from formats.disk import check_writable
 from formats.messages import expecting
 from lab import portraits, toy
 from lab.check import check, contact_sheet, report

@@ -26,11 +26,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import weights
-from common import (Parser, UserError, add_device_options, atomic, check_writable, number, pick_device, read_json,
-                    regular, run, write_json)
+from common import Parser, UserError, atomic, number, read_json, regular, run, write_json
 from data import read_samples
 from diffusion import Schedule
-from formats.disk import cached, make_folder
+from efficiency import add_device_options, pick_device
+from formats.disk import cached, check_writable, make_folder
 from formats.messages import expecting
 from lab import portraits, toy, uce
 from lab.captions import WORDINGS, write_caption

@@ -25,11 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from clip_text import CLIPTextConfig, CLIPTextModel
-from common import Parser, atomic, check_writable, run
+from common import Parser, atomic, run
 from data import sample_latent
 from diffusion import Schedule
 from efficiency import keep_freed_memory
-from formats.disk import cached, make_folder
+from formats.disk import cached, check_writable, make_folder
 from formats.export import save
 from formats.files import load_adamw, unpickle
 from formats.messages import expecting

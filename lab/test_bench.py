@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+import efficiency
 import weights
 from conftest import pixels, refused
 from lab import bench
@@ -76,7 +77,7 @@ def test_sampling_compares_equal_precision(one_process, monkeypatch, capsys):
         seen.append(load(*where, **options))
         return seen[-1]
 
-    monkeypatch.setattr(weights, "fastest_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(efficiency, "fastest_dtype", lambda *_: torch.bfloat16)
     for module, name in (weights, "load"), (bench, "load_diffusers"):
         monkeypatch.setattr(module, name, partial(spy, getattr(module, name)))
     bench.main(["sample", "--runs", "1", "--batch", "1", "--steps", "3", "--device", "cpu"])

@@ -26,11 +26,11 @@ import runs
 import sample
 import train
 import weights
-from common import pick_device
 from conftest import (FORK, KILLS, SD1, TINY_SD, UNETS, ImageProcessor, assert_close, gradients, pairs_of, pixels,
                       refused, relative, run_settings, run_with_kills, settings, start, trained_a_little,
                       wait_for_steps, write_pipeline)
 from diffusion import Schedule, denoise
+from efficiency import pick_device
 from formats.disk import locked
 from formats.messages import RENAMED
 from lab import portraits, toy
@@ -127,7 +127,7 @@ def test_auto_is_bfloat16_where_the_cpu_and_the_model_gain_from_it(monkeypatch):
     assert [pick_device("cpu", name)[1] for name in ("auto", None, "bf16")] == [None, torch.float32, torch.bfloat16]
     for able, wide, expected in [(True, 1000, torch.float32), (False, 1, torch.float32), (True, 1, torch.bfloat16)]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
-        monkeypatch.setattr(weights, "WIDE", wide)
+        monkeypatch.setattr(efficiency, "WIDE", wide)
         sd = weights.load(TINY_SD, dtype=None)
         assert [next(net.parameters()).dtype for net in (sd.unet, sd.text_encoder, sd.vae)] == [expected] * 3
 
@@ -136,7 +136,7 @@ def test_auto_is_bfloat16_where_the_cpu_and_the_model_gain_from_it(monkeypatch):
 def test_channels_last_and_half_precision_generate_about_the_same(shipped, monkeypatch, dtype, tolerance):
     models = [shipped[0]]
     for wide in (1, 1000):
-        monkeypatch.setattr(weights, "WIDE", wide)
+        monkeypatch.setattr(efficiency, "WIDE", wide)
         models.append(weights.load(TINY_SD, dtype=dtype))
         assert models[-1].unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last) == (wide == 1)
     full, last, first = (pixels(image for _, image, _ in generate(sd, "a doctor", "", [], None, [0], steps=4))

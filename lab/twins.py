@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 import weights
-from common import Parser, UserError, atomic, check_writable, number, run
+from common import Parser, UserError, atomic, number, run
+from formats.disk import check_writable
 from lab import portraits
 from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES, load_classifier
