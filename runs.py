@@ -125,16 +125,15 @@ def resume(folder, value_encoder, optimizer, data_key):
     Raises UserError if it is damaged, or of other data or weights.
     """
     from formats.files import load_adamw, unpickle  # here, so that importing the core loads nothing of formats/
+    from formats.messages import expecting
     file = folder / "checkpoint.pt"
     if not os.path.lexists(file):
         return 0
-    try:
+    with expecting(file, "a checkpoint of such a value encoder"):
         state = unpickle(file)
         step, before = state["step"], state["data"]
         value_encoder.load_state_dict(state["value_encoder"])
         load_adamw(optimizer, state["optimizer"], step, file)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{file}: expected a checkpoint of such a value encoder, got {error!r}") from error
     if before != data_key:
         raise UserError(f"{file}: expected the data, the weights and their dtype that the run began with, got others")
     return step

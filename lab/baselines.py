@@ -33,6 +33,7 @@ from data import PreferenceDataset
 from diffusion import Schedule
 from formats.disk import check_writable, locked
 from formats.files import unpickle
+from formats.messages import expecting
 from lab import evaluate, portraits, toy, uce
 from lab.classifier import digest, load_classifier
 from lab.comparison import (BASE, MOST, NUMBERS, REPORT, TUNING, aims, is_result, mean_curve, measure,
@@ -296,10 +297,8 @@ def finished(out, sd):
         if this.method in TRAINED:
             network, model, value_encoder = trainable(sd, TRAINED[this.method].part)
             file = this.folder / "checkpoint.pt"
-            try:
+            with expecting(file, f"a checkpoint of {this.method}"):
                 network.load_state_dict(unpickle(file)["value_encoder"])
-            except Exception as error:  # a damaged file can raise anything
-                raise UserError(f"{file}: expected a checkpoint of {this.method}, got {error!r}") from error
             found[this.method] = images_of_model(model, value_encoder)
         else:
             found[this.method] = untrained(sd, this.method, load_curve(this.file)["about"]["settings"], base)
