@@ -1,5 +1,7 @@
 """Images are read as a viewer shows them."""
 
+import io
+import io
 import struct
 import zlib
 
@@ -31,8 +33,13 @@ def oriented(k):
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 SWAPPED = SRGB.tobytes().replace(b"rXYZ", b"____").replace(b"bXYZ", b"rXYZ").replace(b"____", b"bXYZ")
+GREY_PROFILE = bytearray(SRGB.tobytes().replace(b"RGB XYZ", b"GRAYXYZ").replace(b"rTRC", b"kTRC"))
+curve, = struct.unpack(">I", GREY_PROFILE[GREY_PROFILE.index(b"kTRC") + 4:][:4])
+GREY_PROFILE[curve:curve + 12] = b"curv" + bytes(8)  # no points: linear
 palette, red, gray = Image.fromarray(RGB).quantize(24), *(Image.new("RGB", (4, 6), name) for name in ("red", "gray"))
 rgba, la = (Image.fromarray(np.concatenate([color, ALPHA], -1).squeeze()) for color in (RGB, GREY))
+LIGHT = np.asarray(ImageCms.profileToProfile(Image.fromarray(GREY[..., 0]), io.BytesIO(GREY_PROFILE), SRGB,
+                                             outputMode="RGB"))  # the greys that the profile means
 SHOWN = {  # file: (image, options, (H, W, 3) as a viewer shows it)
     **{f"exif {k}.png": (Image.fromarray(RGB), oriented(k), turn(RGB)) for k, turn in ORIENTED.items()},
     "rgba.png": (rgba, {}, composited(RGB, ALPHA)), "rgba.tiff": (rgba, {}, composited(RGB, ALPHA)),
@@ -59,6 +66,10 @@ SHOWN = {  # file: (image, options, (H, W, 3) as a viewer shows it)
     "half sRGB.png": (rgba, {"icc_profile": SRGB.tobytes()}, composited(RGB, ALPHA)),
     "damaged profile.png": (Image.fromarray(RGB), {"icc_profile": b"x" * 200}, RGB),
     "profile.png": (Image.fromarray(RGB), {"icc_profile": SWAPPED}, RGB[..., [2, 1, 0]]),
+    "grey profile.png": (Image.fromarray(GREY[..., 0]), {"icc_profile": GREY_PROFILE}, LIGHT),
+    "half grey profile.png": (la, {"icc_profile": GREY_PROFILE}, composited(LIGHT, ALPHA)),
+    "16 bits grey profile.png": (Image.fromarray(GREY[..., 0].astype(np.uint16) * 257), {"icc_profile": GREY_PROFILE},
+                                 LIGHT),
     "float.tiff": (Image.fromarray(RAMP), {}, RAMP[..., None] * 255),
     "float 255.tiff": (Image.fromarray(RAMP * 255), {}, RAMP[..., None] * 255),
     "nan.tiff": (Image.fromarray(np.where(RAMP == 0, np.nan, RAMP)), {}, RAMP[..., None] * 255),
@@ -87,6 +98,45 @@ def png(bits, kind, rows, *chunks):
     header, data = struct.pack(">IIBBBBB", 4, 6, bits, kind, 0, 0, 0), zlib.compress(b"".join(b"\0" + x for x in rows))
     chunks = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*some) for some in chunks)
+
+
+# Files that Pillow does not write, of RGB or of what follows from it.
+ROWS = [row.tobytes() for row in RGB]
+GIF = io.BytesIO()
+palette.save(GIF, "GIF")
+# A frame at (2, 1) of 8×9 pixels.
+SMALL, place = bytearray(GIF.getvalue()), GIF.getvalue().index(b"\x2c\0\0\0\0\4\0\6\0")
+SMALL[6:10], SMALL[place + 1:place + 5] = struct.pack("<HH", 8, 9), struct.pack("<HH", 2, 1)
+ODD_EXIF = b"II*\0" + struct.pack("<IHHHIHHHHIII", 8, 2, 0x112, 3, 1, 6, 0, 0x100, 2, 4, 0x636261, 0)  # a width "abc"
+TWELVE = b"II*\0" + struct.pack("<I", 44) + bytes.fromhex("000555aaafff") * 6 + struct.pack("<H", 9) + b"".join(
+    struct.pack("<HHII", tag, 4, 1, value) for tag, value in (
+        (256, 4), (257, 6), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 6), (279, 36))) + bytes(4)
+WRITTEN = {
+    "damaged EXIF": (png(8, 2, ROWS, (b"eXIf", b"hello")), RGB),
+    "EXIF of odd types": (png(8, 2, ROWS, (b"eXIf", ODD_EXIF)), ORIENTED[6](RGB)),
+    "EXIF that is no hexadecimal": (png(8, 2, ROWS, (b"tEXt", b"Raw profile type exif\0\n\n\nx")), RGB),
+    "gamma": (png(8, 2, ROWS, (b"gAMA", struct.pack(">I", 10**5))), 255 * (RGB / 255) ** (1 / 2.2)),
+    "gamma of a screen": (png(8, 2, ROWS, (b"gAMA", struct.pack(">I", 10**5)), (b"sRGB", b"\0")), RGB),
+    "small frame of a GIF": (SMALL, np.pad(np.asarray(palette.convert("RGB")), ((1, 2), (2, 2), (0, 0)),
+                                           constant_values=255)),
+    "12 bits": (TWELVE, np.broadcast_to(np.array([0, 85, 170, 255])[:, None], (6, 4, 3))),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_that_pillow_does_not_write(name):
+    data, shown = WRITTEN[name]
+    ours = np.asarray(open_image(io.BytesIO(data)), float)
+    assert ours.shape == shown.shape and abs(ours - shown).max() <= 2
+
+
+def test_a_jpeg_of_very_many_scans_is_not_opened(tmp_path):
+    image = io.BytesIO()
+    Image.new("L", (2**11, 2**11)).save(image, "JPEG", progressive=True)
+    data = image.getvalue()
+    (tmp_path / "x.jpg").write_bytes(data[:-2] + data[data.rindex(b"\xff\xda"):-2] * 300 + data[-2:])
+    with pytest.raises(ValueError, match="at most 256 scans, got 30"):  # each takes time
+        open_image(tmp_path / "x.jpg")
 
 
 def test_16_bits_a_color(tmp_path):
