@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Call main(). What is due to the input or the system becomes `error: …` and exit code 2; Ctrl-C is exit code 130."""
-    from formats.messages import explain, prepare_streams, tell
+    from formats.messages import drop_unwritten, explain, prepare_streams, tell
     prepare_streams()
     try:
         main()
@@ -42,9 +42,9 @@ def run(main):
         if not (text := explain(error)):
             raise
         tell("error:", text)
-        if isinstance(error, OSError) and not error.filename:
-            sys.stdout = open(os.devnull, "w")  # Python flushes it again when it exits
         sys.exit(2)
+    finally:
+        drop_unwritten()
 
 
 def number(kind, low, high):

@@ -45,8 +45,18 @@ def tell(*words):
         sys.stderr = open(os.devnull, "w")  # Python flushes the other again when it exits
 
 
+def drop_unwritten():
+    """Give up a stdout that is a closed pipe or full: Python flushes it again when it exits, and fails in its words."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def one_line(text, length=1000):
+    """A text without line breaks, overlong words, and control characters, which could rewrite a terminal."""
     line = re.sub(r"(\S{80})\S{80,}", r"\1…", " ".join(str(text).split()))
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return line if len(line) <= length else line[:length] + "…"
 
 
@@ -78,6 +88,8 @@ def explain(error):
     """An exception -> its message, if it is due to the input or the system; None for a fault of the program."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, Warning):
+        return f"expected no warning, as -W or PYTHONWARNINGS asks, got: {error}"
     if reason := write_error(error):
         return f"{getattr(error, 'filename', None) or 'a file or pipe'}: expected to read or write it, got {reason}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):

@@ -516,6 +516,35 @@ def test_stderr_that_nobody_reads(monkeypatch):
             run(fail)
 
 
+@pytest.mark.parametrize("end, code", [(UserError("expected a reader, got none"), 2), (KeyboardInterrupt(), 130),
+                                       (SystemExit(0), 0)], ids=["error", "Ctrl-C", "--help"])
+def test_stdout_that_nobody_reads(end, code, monkeypatch):
+    def fail():
+        print("what is not written yet")
+        raise end
+
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", open(write, "w"))
+    with pytest.raises(SystemExit, match=str(code)):
+        run(fail)
+    sys.stdout.flush()  # as Python does when it exits
+
+
+def test_an_error_cannot_rewrite_the_terminal(capfd):
+    def fail():
+        raise UserError("a\x1b[2K\x00\u202e: expected a name, got none")
+
+    with pytest.raises(SystemExit):
+        run(fail)
+    assert capfd.readouterr().err == "error: a\\x1b[2K\\x00\\u202e: expected a name, got none\n"
+
+
+def test_a_warning_that_is_an_error(work, capfd):
+    with warnings.catch_warnings(action="error"):
+        assert is_house_form(*outcome("sample", ["--prompt", "word " * 200], capfd))
+
+
 def test_without_tensorboard(work, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError):  # which the hook of formats/missing.py names
