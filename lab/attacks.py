@@ -171,7 +171,7 @@ def main(argv=None):
             assert isinstance(before(""), list), "no list of principles"
         retrievers["retriever before"] = cache(before)
     if args.harmless:
-        lines = regular(args.harmless, "a text file").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = regular(args.harmless, "a text file", 2**21).read_text(encoding="utf-8", errors="replace").splitlines()
         harmless["other prompts"] = lines or [""]
     check_writable(args.out.parent)
     sd = weights.load(args.weights)

@@ -301,7 +301,10 @@ def finished(out, sd):
                 network.load_state_dict(unpickle(file)["value_encoder"])
             found[this.method] = images_of_model(model, value_encoder)
         else:
-            found[this.method] = untrained(sd, this.method, load_curve(this.file)["about"]["settings"], base)
+            settings = load_curve(this.file)["about"]["settings"]
+            if settings not in SWEEP[this.method]:
+                raise UserError(f"{this.file}: expected settings among {SWEEP[this.method]}, got {settings}")
+            found[this.method] = untrained(sd, this.method, settings, base)
     return found
 
 

@@ -181,10 +181,10 @@ class CLIP:
         return torch.cat(features)
 
     @torch.no_grad()
-    def text_features(self, texts):
+    def text_features(self, texts, batch_size=4096):
         """N texts -> unit vectors (N, D), float32."""
         ids = self.tokenizer(texts).to(self.model.text_projection.weight.device)  # (N, 77)
-        return F.normalize(self.model.embed_texts(ids).float(), dim=1)
+        return torch.cat([F.normalize(self.model.embed_texts(some).float(), dim=1) for some in ids.split(batch_size)])
 
 
 def zero_shot(clip, images, texts):

@@ -15,7 +15,6 @@ import math
 import random
 import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from diffusion import Schedule
 from efficiency import keep_freed_memory
 from formats.disk import cached, check_writable, make_folder
 from formats.export import save
-from formats.files import load_adamw, unpickle
+from formats.files import check_tensors, load_adamw, unpickle
 from formats.messages import expecting
 from lab.captions import write_caption
 from lab.classifier import uniform_record
@@ -247,7 +246,13 @@ def encode_images(vae, images, folder):
         with atomic(file) as path:
             torch.save(torch.cat(encoded, dim=1), path)
 
-    mean, logvar = cached(folder / "latents.pt", partial(torch.load, weights_only=True), make).float()
+    def read(file):
+        encoded, side = check_tensors({"latents": unpickle(file)}, file)["latents"], SIZE // vae.config.factor
+        if encoded.shape != (2, len(images), vae.config.latent_channels, side, side) or encoded.dtype != torch.half:
+            raise ValueError(f"latents of {tuple(encoded.shape)} {encoded.dtype}")
+        return encoded
+
+    mean, logvar = cached(folder / "latents.pt", read, make).float()
     factor = 1 / mean.std().item()
     vae.config = replace(VAE_CONFIG, scaling_factor=VAE_CONFIG.scaling_factor * factor)
     return mean * factor, logvar + 2 * math.log(factor)

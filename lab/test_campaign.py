@@ -33,7 +33,7 @@ import weights
 from clip_text import EOS
 from common import UserError, read_json, run
 from conftest import FORK, REPOSITORY, StubClassifier, edit_json
-from lab import attacks, baselines, dataset, evaluate, plots, toy
+from lab import attacks, baselines, dataset, evaluate, plots, pretrain, toy
 from lab.prompts import FilePrompt
 
 COMMANDS = {  # a command and the options with which it works; OUT is where it would write
@@ -356,6 +356,9 @@ OTHERS = [
     ("a checkpoint of a baseline, of another network", "attacks",
      both(lambda folder: (folder / "base/LiVO-seed=0").mkdir(parents=True),
           saved("base/LiVO-seed=0/checkpoint.pt", {"value_encoder": {}}), runs_of(1, baselines="base"))),
+    ("settings of a baseline that it does not have", "attacks", both(
+        runs_of(baselines="base"), content("base/UCE.json", json.dumps(RUN).encode()))),
+    ("harmless prompts of 4 MB", "attacks", both(content("h.txt", b"a\n" * 2**21), options("--harmless", "h.txt"))),
     *((f"--before {code}", "attacks", both(content("before.py", code.encode()), options("--before", "before.py")))
       for code in ("1 / 0", "retrieve = 1", "retrieve = len", "retrieve = int")),
     ("a prompt of 1 MB", "clip", prompts("x " * 500_000)),
@@ -618,6 +621,17 @@ def test_a_damaged_cache_is_made_again(kind, work, capfd):
         for _ in range(2):
             found = evaluate.classify_images(StubClassifier(), prompts, 2, cache, "", lambda *_: images, 0)
             assert found["gender"].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("damage", [{"a": 1}, torch.ones(2, 3), torch.ones(2, 1, 4, 16, 16),
+                                    torch.rand(2, 1, 4, 16, 16).half().to_sparse()],
+                         ids=["a dictionary", "another shape", "another dtype", "sparse"])
+def test_damaged_latents_of_pretraining_are_made_again(damage, tmp_path):
+    torch.save(damage, tmp_path / "latents.pt")
+    vae, images = pretrain.VAE(pretrain.VAE_CONFIG).eval(), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    with pytest.warns(match="sound cache"):
+        mean, _ = pretrain.encode_images(vae, images, tmp_path)
+    assert mean.shape == (1, 4, 16, 16)
 
 
 def test_of_two_first_runs_one_makes_the_pairs_and_the_latents(tmp_path, original, monkeypatch):
