@@ -92,10 +92,13 @@ def load_adamw(optimizer, state, step, path):
     for moments in state["state"].values():
         check_tensors(moments, path)  # before torch takes nested lists apart, which may hold 10^12 texts
     optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
-    fits = all(moments["step"] == step and {name: x.shape for name, x in moments.items()} == {
-        "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p, moments in optimizer.state.items())
-    if not fits or type(step) is not int or step < 0:
-        raise ValueError("no number of steps, or moments of other steps or shapes")
+    fits = len(optimizer.state) == (step > 0) * sum(len(group["params"]) for group in optimizer.param_groups) and all(
+        moments["step"] == step and {name: x.shape for name, x in moments.items()} == {
+            "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p, moments in optimizer.state.items())
+    usable = all(x.isfinite().all() and moments["exp_avg_sq"].min() >= 0
+                 for moments in optimizer.state.values() for x in moments.values())
+    if not (fits and usable) or type(step) is not int or step < 0:
+        raise ValueError("no number of steps, or moments of other steps, shapes or ranges")
 
 
 def match_names(tensors, expected, network, where):

@@ -310,6 +310,9 @@ def checkpoint(edit):
 CHECKPOINTS = {
     "of 10^12 steps": lambda state, moments: state.update(step=10**12),
     "without a moment": lambda state, moments: moments[0].pop("exp_avg"),
+    "without moments": lambda state, moments: moments.clear(),
+    "with a moment of NaN": lambda state, moments: moments[0]["exp_avg"].fill_(float("nan")),
+    "with a negative square": lambda state, moments: moments[0]["exp_avg_sq"].fill_(-1),
     "with a repeated moment": lambda state, moments: moments[0].update(
         exp_avg=torch.zeros(1).expand(moments[0]["exp_avg"].shape)),
     "with a sparse moment": lambda state, moments: moments[0].update(exp_avg=moments[0]["exp_avg"].to_sparse()),
