@@ -195,8 +195,8 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     start = resume(folder, value_encoder, optimizer, dataset.key)
     add = partial(add_gradient, sd, value_encoder, schedule=schedule, s=s)
     if RANK == 0:
-        save_settings(folder, s)  # of a resumed run, which nothing refuses any more
         log = Log(folder, start, tensorboard)
+        save_settings(folder, s)  # of a resumed run, which nothing refuses any more
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
         errors = take_step(step, value_encoder, optimizer, add, dataset, timesteps, s)

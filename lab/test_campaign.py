@@ -348,6 +348,7 @@ def linked_scene(folder):
 
 OTHERS = [
     ("a checkpoint, inflating", "resume", inflating("run/checkpoint.pt")),
+    ("a damaged log, and more steps", "resume", both(content("run/log.jsonl", b"{}"), options("--steps", "1000"))),
     ("images of 4096 pixels", "sample", both(config("model/unet/config.json", sample_size=256),
                                              config("model/vae/config.json", block_out_channels=[8] * 5))),
     ("a folder named ~model, without a value encoder", "principle", both(
