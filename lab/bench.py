@@ -532,7 +532,7 @@ ON_REQUEST = {"unet": bench_unet, "operators": bench_operators}
 
 
 def main(argv=None):
-    parser, count = Parser(description=__doc__.splitlines()[0]), number(int, 1, 1024)
+    parser, count = Parser(description="Compare speed and memory with diffusers and torch."), number(int, 1, 1024)
     parser.add_argument("part", nargs="?", choices=PARTS | ON_REQUEST, help="the first four if left out")
     parser.add_argument("--full", action="store_true", help="the SD 1.5 architecture with random weights, not tiny-sd")
     parser.add_argument("--runs", type=count, default=3, help="of each side; an even number takes the lower median")

@@ -462,7 +462,7 @@ def main(argv=None):
     parser = Parser(description="Build, check and show preference data.")
     commands = parser.add_subparsers(dest="command", required=True)
     add_build_options(commands.add_parser("build", help="generate pairs with a model, without human labels",
-                                          description=__doc__.splitlines()[0]))
+                                          description="Preference data from a model's own images."))
     for name, text in ("check", "count images and find faults"), ("show", "write a contact sheet"):
         commands.add_parser(name, help=text).add_argument("root", type=Path, metavar="DIR", help="dataset folder")
     commands.choices["show"].add_argument("--out", type=Path, default=Path("out/dataset.png"), help="PNG to write")

@@ -305,7 +305,7 @@ def fit_unet(vae, text_encoder, tokenizer, images, folder):
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description="Pretrain tiny-clip and tiny-sd, the checkpoints that this repository ships.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent, help="where tiny-clip/ and tiny-sd/ "
                         "are written; they are replaced as a whole")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")

@@ -33,7 +33,7 @@ import weights
 from clip_text import EOS
 from common import UserError, read_json, run
 from conftest import FORK, REPOSITORY, StubClassifier, edit_json
-from lab import attacks, baselines, dataset, evaluate, plots, pretrain, toy
+from lab import attacks, baselines, bench, dataset, evaluate, plots, pretrain, toy
 from lab.prompts import FilePrompt
 
 COMMANDS = {  # a command and the options with which it works; OUT is where it would write
@@ -550,6 +550,14 @@ def test_an_error_cannot_rewrite_the_terminal(capfd):
 def test_a_warning_that_is_an_error(work, capfd):
     with warnings.catch_warnings(action="error"):
         assert is_house_form(*outcome("sample", ["--prompt", "word " * 200], capfd))
+
+
+@pytest.mark.parametrize("module", [bench, dataset, pretrain], ids=lambda module: module.__name__)
+def test_python_without_docstrings(module, monkeypatch, capfd):
+    monkeypatch.setattr(module, "__doc__", None)  # as python -OO and PYTHONOPTIMIZE=2 do
+    monkeypatch.setattr(sys, "argv", ["lab", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        module.main()
 
 
 def test_without_tensorboard(work, monkeypatch, capfd):
