@@ -23,6 +23,7 @@ from latents import fingerprint, load_latents
 
 PRESERVATION_TYPE = "preservation"
 MAX_UNUSABLE = 0.01  # fraction of the samples
+MAX_LINES = 10**6  # of a metadata.jsonl: 64 MB may hold 30 million
 MAX_LENGTH = 10_000  # characters of a text in metadata.jsonl; the tokenizer keeps 77 words at most
 
 
@@ -83,6 +84,8 @@ def read_lines(root):
     for file in sorted(root.glob("*/*/metadata.jsonl")):
         if not file.parent.name.startswith("."):  # a scene that is being built
             lines = regular(file, "a file of samples").read_bytes().splitlines()
+            if len(lines) > MAX_LINES:
+                raise UserError(f"{file}: expected at most {MAX_LINES} lines, got {len(lines)}")
             found += [(line, file.parent, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f"{root}: expected a dataset, <type>/<scene>/metadata.jsonl, got none")

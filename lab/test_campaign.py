@@ -347,6 +347,7 @@ def linked_scene(folder):
 
 
 OTHERS = [
+    ("a million lines", "train", metadata(line="{}\n" * 10**6)),
     ("a checkpoint, inflating", "resume", inflating("run/checkpoint.pt")),
     ("a damaged log, and more steps", "resume", both(content("run/log.jsonl", b"{}"), options("--steps", "1000"))),
     ("images of 4096 pixels", "sample", both(config("model/unet/config.json", sample_size=256),

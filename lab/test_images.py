@@ -1,7 +1,6 @@
 """Images are read as a viewer shows them."""
 
 import io
-import io
 import struct
 import zlib
 
