@@ -97,7 +97,7 @@ def to_eight_bits(image, tags):
     pixels *= 255  # in place: an image of MAX_PIXELS has 268 MB of them
     np.nan_to_num(pixels.round(out=pixels), copy=False).clip(0, 255, out=pixels)
     grey = Image.fromarray(pixels.astype(np.uint8))
-    grey.info["icc_profile"] = image.info.get("icc_profile")
+    grey.info |= {key: image.info[key] for key in ("icc_profile", "gamma", "srgb") if key in image.info}
     if alpha:
         grey.putalpha(alpha)
     return grey
