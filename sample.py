@@ -208,7 +208,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    from formats.disk import check_writable
+    from formats.disk import check_writable  # here, so that importing the core loads nothing of formats/
     args = parse_args(argv)
     device, dtype = pick_device(args.device, args.dtype)
     check_writable(args.out)
