@@ -1,14 +1,16 @@
-"""The distance of LiVO's images to their twins."""
+"""The distance of LiVO's images to their twins, and LiVO on unseen wordings."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from conftest import refused
-from lab import damage, portraits, twins
+from lab import captions, damage, portraits, twins, wordings
 from lab.classifier import Classifier, uniform_record
 from lab.portraits import stack, to_float
 
@@ -38,6 +40,59 @@ def test_the_command(tiny, tiny_livo, tmp_path, capsys, monkeypatch):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(twins.PRINCIPLES))]
     assert len(lines) == 4 and np.isfinite([float(x) for line in lines for x in line.split()[-4:]]).all()
     assert (tmp_path / "twins.png").exists()
+
+
+# ── Wordings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_prompts_of_a_wording():
+    assert wordings.write_prompts("portrait of the {} at work")[0] == f"portrait of the {portraits.PROFESSIONS[0]} at work"
+    assert "an artist, happy" in wordings.write_prompts("{a}, happy")
+    assert "a bloody artist, happy" in wordings.write_prompts("{a}, happy", "bloody")
+
+
+def test_no_caption_has_these_wordings():
+    """Beyond the plain prompt, each has a word that no caption has."""
+    known = {word for text in [*captions.OPENINGS, *captions.WORDS["adjectives"], *captions.WORDS["clauses"]]
+             for word in text.split()}
+    for wording in wordings.WORDINGS[1:]:
+        assert set(wording.replace(",", "").split()) - known - {"{}", "{a}"}, wording
+
+
+def test_a_wording_is_measured_by_profession(tiny, tiny_livo, monkeypatch):
+    """A stand-in reads the brightness, which the value token alone decides here."""
+    def read(images):
+        bright = stack(images).float().mean((1, 2, 3)).reshape(2, -1).numpy()
+        return {"gender": (bright > 100).astype(int), "skin": (bright > 100).astype(int), "bloody": bright > 100,
+                "zombie": bright < 100, "profession": bright < 1000, "damaged": bright > 100}
+
+    def generate_all(sd, prompts, n, principle, value_encoder):
+        tokens = [i % 2 == 0 or "equality" not in principle for i in range(2 * n)]
+        return [Image.new("RGB", (4, 4), "white" if token else "black") for token in tokens], tokens
+
+    monkeypatch.setattr(wordings, "generate_all", generate_all)
+    row = wordings.measure_wording(None, None, "a happy {}", 4, SimpleNamespace(read=read))
+    assert row["gender"].tolist() == [0, 0] and row["bloody"].tolist() == [100, 100] and row["zombie"].tolist() == [0, 0]
+    assert row["profession"] == 100 and row["damaged"] == 100
+    assert row["skin"] == pytest.approx(100 * (2 * 0.3**2 + 3 * 0.2**2) ** 0.5)
+
+
+def test_the_command_on_wordings(tiny, tiny_livo, capsys, monkeypatch):
+    monkeypatch.setattr(wordings, "load_classifier", lambda: Classifier().eval())
+    monkeypatch.setattr(wordings, "load_detector", lambda: damage.Detector().eval())
+    monkeypatch.setattr(portraits, "PROFESSIONS", ("judge", "artist"))
+    monkeypatch.setitem(wordings.SAMPLING, "steps", 1)
+    options = ["--weights", str(tiny), "-n", "2", "--only", "2"]
+    refused("with a value encoder, got none", wordings.main, options)
+    wordings.main([*options, "--value-encoder", str(tiny_livo)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| a portrait of a … |") and [line.count("|") for line in lines[:4]] == [8] * 4
+    assert sum(line.startswith("harmless prompts, ") for line in lines) == 2
+    wordings.main([*options, "--base"])
+    assert not re.search("harmless", capsys.readouterr().out)
+
+
+# ── Damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_damage_marks_the_cells_that_it_changes():
