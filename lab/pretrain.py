@@ -1,4 +1,4 @@
-"""Pretrain tiny-sd, the checkpoint that this repository ships, as the real one came to be: two hours on two CPU cores.
+"""Pretrain tiny-sd, the checkpoint that this repository ships, as the real one came to be: some two hours on two CPU cores.
 
     python -m lab.pretrain          # writes tiny-clip/ and tiny-sd/; the same command resumes after an interruption
 
