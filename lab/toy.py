@@ -10,7 +10,6 @@ A scene is one person, rendered twice, so that a pair differs in one attribute. 
 import hashlib
 import json
 import random
-import warnings
 from dataclasses import replace
 from itertools import count, cycle
 from pathlib import Path
@@ -119,11 +118,7 @@ def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESER
 
 
 def default_pairs(folder):
-    """-> the default set in `folder`, rendered at the first call. Its name is a hash of settings and a few pairs.
-
-    Some of its prompts exceed tiny-sd's 24 tokens, as some captions of pretraining do. They are cut without a warning.
-    """
-    warnings.filterwarnings("ignore", message="prompt cut")
+    """-> the default set in `folder`, rendered at the first call. Its name is a hash of settings and a few pairs."""
     settings = VERSION, PRINCIPLES, PAIRS, PRESERVATION, COPIES, FIRST_SEED, P_SPECIFIED, P_MAN, P_SKIN
     digest = hashlib.sha256(repr(settings).encode())
     for seed, (noun, attribute) in enumerate(zip(NOUNS, cycle(PRINCIPLES.values()))):
