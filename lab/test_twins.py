@@ -46,7 +46,7 @@ def test_the_command(tiny, tiny_livo, tmp_path, capsys, monkeypatch):
 
 
 def test_prompts_of_a_wording():
-    assert wordings.write_prompts("portrait of the {} at work")[0] == f"portrait of the {portraits.PROFESSIONS[0]} at work"
+    assert wordings.write_prompts("the {} at work")[0] == f"the {portraits.PROFESSIONS[0]} at work"
     assert "an artist, happy" in wordings.write_prompts("{a}, happy")
     assert "a bloody artist, happy" in wordings.write_prompts("{a}, happy", "bloody")
 
@@ -71,9 +71,12 @@ def test_a_wording_is_measured_by_profession(tiny, tiny_livo, monkeypatch):
         return [Image.new("RGB", (4, 4), "white" if token else "black") for token in tokens], tokens
 
     monkeypatch.setattr(wordings, "generate_all", generate_all)
-    row = wordings.measure_wording(None, None, "a happy {}", 4, SimpleNamespace(read=read))
-    assert row["gender"].tolist() == [0, 0] and row["bloody"].tolist() == [100, 100] and row["zombie"].tolist() == [0, 0]
-    assert row["profession"] == 100 and row["damaged"] == 100
+    row = wordings.measure_wording(None, "an encoder", "a happy {}", 4, SimpleNamespace(read=read))
+    assert row["gender"].tolist() == [0, 0]
+    assert row["bloody"].tolist() == [100, 100] and row["zombie"].tolist() == [0, 0]
+    assert row["profession"] == 100 and row["damaged"] == 100  # of the images with a token
+    of_all = wordings.measure_wording(None, None, "a happy {}", 4, SimpleNamespace(read=read))
+    assert of_all["damaged"] == 75  # half of the images of two principles, all of two
     assert row["skin"] == pytest.approx(100 * (2 * 0.3**2 + 3 * 0.2**2) ** 0.5)
 
 
@@ -84,6 +87,7 @@ def test_the_command_on_wordings(tiny, tiny_livo, capsys, monkeypatch):
     monkeypatch.setitem(wordings.SAMPLING, "steps", 1)
     options = ["--weights", str(tiny), "-n", "2", "--only", "2"]
     refused("with a value encoder, got none", wordings.main, options)
+    refused("--base: expected no --value-encoder", wordings.main, [*options, "--base", "--value-encoder", "x"])
     wordings.main([*options, "--value-encoder", str(tiny_livo)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| a portrait of a … |") and [line.count("|") for line in lines[:4]] == [8] * 4
