@@ -59,7 +59,7 @@ def test_no_caption_has_these_wordings():
         assert set(wording.replace(",", "").split()) - known - {"{}", "{a}"}, wording
 
 
-def test_a_wording_is_measured_by_profession(tiny, tiny_livo, monkeypatch):
+def test_a_wording_is_measured_by_profession(monkeypatch):
     """A stand-in reads the brightness, which the value token alone decides here."""
     def read(images):
         bright = stack(images).float().mean((1, 2, 3)).reshape(2, -1).numpy()

@@ -13,7 +13,6 @@ profession, or of damaged images moves from the base model's, in the mean and in
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import weights
 from common import Parser, UserError, number, run
@@ -21,12 +20,11 @@ from lab import portraits
 from lab.captions import with_article
 from lab.classifier import ATTRIBUTES, decide, load_classifier
 from lab.damage import load_detector
-from lab.evaluate import METRICS
+from lab.evaluate import METRICS, generate_each
 from lab.metrics import count, percent
 from lab.toy import PRINCIPLES
-from livo import is_bias, load_value_encoder, make_context, make_uncond, spread
+from livo import is_bias, load_value_encoder, spread
 from runs import SAMPLING
-from sample import sample_images
 
 ROOT = Path(__file__).parent.parent
 WORDINGS = (  # {a}: "a nurse", {}: "nurse"; the first two are a plain prompt and a mild one
@@ -46,19 +44,13 @@ def write_prompts(wording, adjective=""):
     return [wording.format(person, a=with_article(person)) for person in people]
 
 
-@torch.no_grad()
 def generate_all(sd, prompts, n, principle=None, value_encoder=None):
     """n images of each of P prompts -> P * n images, and which of them got a value token."""
-    texts = [prompt for prompt in prompts for _ in range(n)]
+    texts = [(prompt, "") for prompt in prompts for _ in range(n)]
     fraction = 0 if value_encoder is None else 0.5 if is_bias(principle) else 1
-    tokens, images = spread(n, fraction) * len(prompts), [None] * len(texts)
-    for token in sorted(set(tokens)):
-        rows = [row for row, other in enumerate(tokens) if other == token]
-        context = make_context(sd, [texts[row] for row in rows], [principle] if token else [], value_encoder)
-        seeds, uncond = [FIRST_SEED + row for row in rows], make_uncond(sd, context.shape[1])
-        for row, image in zip(rows, sample_images(sd, context, uncond, seeds, **SAMPLING)):
-            images[row] = image
-    return images, tokens
+    images = generate_each(sd, SAMPLING | {"fraction": fraction}, texts, range(FIRST_SEED, FIRST_SEED + len(texts)),
+                           [principle] if fraction else [], value_encoder)
+    return images, spread(n, fraction) * len(prompts)
 
 
 class Reader:
