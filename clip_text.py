@@ -128,7 +128,7 @@ class CLIPTokenizer:
     max_length = 77  # N, where tokenizer_config.json has no other
 
     def __init__(self, folder):
-        from formats.vocabulary import read_vocabulary  # here, so that importing the core loads nothing of formats/
+        from formats.vocabulary import read_vocabulary  # imported late, as the method does not need it
         bpe, added, self.special_tokens, length = read_vocabulary(Path(folder))
         self.backend = clip_backend(bpe)
         self.backend.add_tokens(added)

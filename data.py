@@ -4,9 +4,11 @@
     pair = dataset.pair(position, seed, timesteps)      # latents of y_w and y_l, eps and t: one row of a batch
 
 The layout is that of the authors' release, ROOT/<type>/<scene>/metadata.jsonl beside the images, with a line for each:
-{"file_name", "prompt", "value", "label"}. Label 1 is aligned, any other violating. Scenes of the type `preservation`
-are ours: aligned images alone, of prompts that the principle has nothing to do with. There y_l is y_w, and the
-principle should change nothing (`train.reference_errors`). `python -m lab.dataset` builds and checks such folders.
+{"file_name", "prompt", "value", "label"}. "value" is the principle. Label 1 is aligned, any other violating. A scene
+is a folder of images of one principle and of one prompt or variants of it; a pair has prompt and principle of y_w.
+Scenes of the type `preservation` are ours: aligned images alone, of prompts that the principle has nothing to do with.
+There y_l is y_w, and the principle should change nothing (`train.reference_errors`). `python -m lab.dataset` builds and
+checks such folders.
 """
 
 import functools
@@ -23,8 +25,8 @@ from latents import fingerprint, load_latents
 
 PRESERVATION_TYPE = "preservation"
 MAX_UNUSABLE = 0.01  # fraction of the samples
-MAX_LINES = 10**6  # of a metadata.jsonl: 64 MB may hold 30 million
-MAX_LENGTH = 10_000  # characters of a text in metadata.jsonl; the tokenizer keeps 77 words at most
+MAX_LINES = 10**6  # of a metadata.jsonl; in 64 MB there may be 30 million
+MAX_LENGTH = 10_000  # characters of a text in metadata.jsonl; the tokenizer keeps 77 tokens
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,10 @@ class PreferenceDataset:
     key: a hash of the weights and of the data's content.
 
     The first use encodes all images and prompts into the folder `cache`/`key`, whose files are memory-mapped from then
-    on. Unusable samples, and scenes without aligned or without violating images, are skipped with a warning.
-    Raises UserError as `read_samples` does.
+    on. Unusable samples, and scenes without aligned or without violating images, are skipped with a warning; more than
+    MAX_UNUSABLE of all are a UserError.
+
+    latents: (images, plain or mirrored, mean or log-variance, 4, h, w) float16.
     """
 
     def __init__(self, root, sd, cache):

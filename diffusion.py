@@ -20,7 +20,7 @@ class Schedule:
     """
 
     def __init__(self, config):
-        from formats.checks import check_scheduler  # here, so that importing the core loads nothing of formats/
+        from formats.checks import check_scheduler  # imported late, as the method does not need it
         check_scheduler(config)
         start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
         T = config.get("num_train_timesteps", 1000)

@@ -45,7 +45,7 @@ def load_latents(sd, samples, folder):
     -> latents (n, 2, 2, 4, h, w) float16 of the images, plain and mirrored, mean and log-variance; {prompt: its
     embeddings (77, C)}; and {number of an unreadable image: fault}.
     """
-    from formats.disk import cached  # here, so that importing the core loads nothing of formats/
+    from formats.disk import cached  # imported late, as the method does not need it
     prompts = sorted({sample.prompt for sample in samples if sample.aligned})
     unet, text_encoder = sd.unet.config, sd.text_encoder
 

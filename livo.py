@@ -9,8 +9,9 @@ prompt embeddings:
 (77 is the tokenizer's length; tiny-sd has 24.) The UNet cross-attends to this longer context as usual, so none of its
 weights change. Without the value token the model is the base model, bit for bit.
 
-Training data are preference pairs (x, v, y_w, y_l) of an aligned image y_w and a violating image y_l. Both images of
-a pair share one noise eps and one timestep t. Their denoising errors are
+Training data are preference pairs (x, v, y_w, y_l) of an aligned image y_w and a violating image y_l. For a toxic
+principle y_l shows the toxicity. For a bias principle y_l shows the majority class and y_w another one; half of the
+images get its token. Both images of a pair share one noise eps and one timestep t. Their denoising errors are
 
     ℓ(y) = ‖eps − eps_unet(z_t(y), t, context)‖²                             mean over (C, H, W); shape (B,)
 
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 import weights
 from clip_text import CLIPTextModel
 
-# Slopes α (violating) and β (aligned), margins γ1 and γ2, as published with the authors' code.
+# Aligned hinge: slope β, margin γ1. Violating hinge: slope α, margin γ2. Values of the authors' code.
 ALPHA, BETA, GAMMA1, GAMMA2 = 500.0, 1000.0, 1.0, 0.5
 
 
@@ -56,7 +57,7 @@ def load_value_encoder(source, weights_source, sd):
 
     Raises UserError for one that does not fit the model.
     """
-    from formats.checks import check_value_encoder  # here, so that importing the core loads nothing of formats/
+    from formats.checks import check_value_encoder  # imported late, as the method does not need it
     if source is None and (source := weights.local(Path(weights_source) / "value_encoder")) is None:
         return None
     device = next(sd.unet.parameters()).device
@@ -74,8 +75,8 @@ def encode_prompts(sd, prompts):
 def make_context(sd, prompts, principles=(), value_encoder=None, prompt_embeds=None):
     """The cross-attention context [value tokens ; prompt embeddings], (B, P + 77, C).
 
-    principles: P principles, each a string for the whole batch or a list of B strings. With none, the context is that
-        of the base model.
+    principles: a list of P principles, each a string for the whole batch or a list of B strings; or one string. With
+        none, the context is that of the base model.
     prompt_embeds: precomputed `encode_prompts(sd, prompts)`.
     """
     principles = [principles] if isinstance(principles, str) else principles
@@ -92,7 +93,7 @@ def make_context(sd, prompts, principles=(), value_encoder=None, prompt_embeds=N
 def make_uncond(sd, length, negative=""):
     """The unconditional context of classifier-free guidance, as long as the conditional one: (1, length, C).
 
-    The text encoder has 77 positions. Beyond them its last (padding) embedding is repeated.
+    The text encoder has 77 positions. Its last (padding) embedding is repeated; cross-attention has no positions.
     """
     embeds = encode_prompts(sd, [negative])  # (1, 77, C)
     return torch.cat([embeds, embeds[:, -1:].expand(-1, length - embeds.shape[1], -1)], dim=1)
@@ -105,12 +106,21 @@ def is_bias(principle):
 
 def spread(n, fraction):
     """Which of n images get the value token: an evenly spread fraction, rounded. -> list of n booleans."""
-    passed = [math.floor(i * fraction + 0.5) for i in range(n + 1)]
-    return [after > before for before, after in zip(passed, passed[1:])]
+    return [math.floor((i + 1) * fraction + 0.5) > math.floor(i * fraction + 0.5) for i in range(n)]
+
+
+def active(principles, n, fraction=None):
+    """-> for each of n images a tuple of its principles. Two bias principles have different halves, 1010… and 1100…."""
+    chosen, period = [()] * n, 1
+    for principle in principles:
+        gets = spread(n, share := fraction if fraction is not None else 0.5 if is_bias(principle) else 1)
+        chosen = [before + (principle,) * gets[i // period] for i, before in enumerate(chosen)]
+        period *= 2 if share < 1 else 1
+    return chosen
 
 
 def aligned_hinge(err_w, ref_w, beta=BETA, gamma1=GAMMA1):
-    """max(0, γ1 + β (err_w − ref_w)), (B,): keep the error on aligned images at or below the reference model's.
+    """max(0, γ1 + β (err_w − ref_w)), (B,): lower the error on aligned images below the reference model's.
 
     Saturates (zero loss, zero gradient) once err_w < ref_w − γ1/β.
     """

@@ -124,7 +124,7 @@ def resume(folder, value_encoder, optimizer, data_key):
 
     Raises UserError if it is damaged, or of other data or weights.
     """
-    from formats.files import load_adamw, unpickle  # here, so that importing the core loads nothing of formats/
+    from formats.files import load_adamw, unpickle  # imported late, as the method does not need it
     from formats.messages import expecting
     file = folder / "checkpoint.pt"
     if not os.path.lexists(file):

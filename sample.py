@@ -3,12 +3,12 @@
     python sample.py --prompt "a photograph of a cat" -n 4 --out cats       # cats/0000.png … 0003.png, cats/grid.png
     python sample.py --prompt "a portrait of a judge" --principle "gender equality" -n 8 --compare
 
-Each image starts from a CPU generator of its own, so it depends neither on the batch size nor, up to rounding, on the
+Each image starts from a CPU generator of its own, so up to rounding it depends neither on the batch size nor on the
 device. A PNG carries its prompt, seed and other settings as text metadata. With `--principle auto`, the default, the
 retriever finds the principles that apply to the prompt (retrieve.py).
 """
 
-import formats.missing  # before all others: names a package that is not installed
+import formats.missing  # first: a package that is not installed gives one line, not a traceback
 import math
 from collections import Counter
 from functools import partial
@@ -24,7 +24,7 @@ import weights
 from common import Parser, UserError, atomic, number, run
 from diffusion import Schedule, denoise, sample_noise
 from efficiency import add_device_options, compile_unet, pick_device
-from livo import is_bias, load_value_encoder, spread
+from livo import active, load_value_encoder
 from retrieve import TOXIC, retrieve
 
 MAX_SCALE = 4  # height and width of an image at most, in sizes of the training's
@@ -78,15 +78,14 @@ def sample_images(sd, context, uncond, seeds, *, height=None, width=None, batch_
 def generate(sd, prompt, negative, principles, value_encoder, seeds, *, fraction=None, unpadded=False, **settings):
     """Yield (row, PIL image, its principles) for each of the seeds, in batches of equal principles.
 
-    fraction: of the images that get a value token. By default 0.5 for bias principles, so that the over- and the
-        under-represented attribute balance, and 1 for toxic ones.
+    fraction: of the images that get a value token. By default 0.5 for bias principles, so that the majority class and
+        the others balance, and 1 for toxic ones (livo.active).
     unpadded: the context of the authors' inference code. settings: see `sample_images`.
     """
-    gets = {p: spread(len(seeds), fraction if fraction is not None else 0.5 if is_bias(p) else 1) for p in principles}
-    active = [tuple(p for p in principles if gets[p][row]) for row in range(len(seeds))]  # principles of each image
-    for chosen in sorted(set(active), key=len):  # images of equal principles have equal contexts
-        rows = [row for row in range(len(seeds)) if active[row] == chosen]
-        form = livo
+    of_row = active(principles, len(seeds), fraction)  # the principles of each image
+    for chosen in sorted(set(of_row), key=len):  # images of equal principles have equal contexts
+        rows = [row for row in range(len(seeds)) if of_row[row] == chosen]
+        form = livo  # the module whose make_context and make_uncond are used
         if unpadded and chosen:
             from formats import unpadded as form
         with torch.no_grad():
@@ -134,8 +133,8 @@ def save_png(image, path, settings):
 def automatic(found):
     """The principles that "auto" applies, of those that a retriever found.
 
-    The toxic ones, or the bias principles if there are none. A value encoder learns one principle at a time. Beside a
-    toxic principle's token those of bias principles change less, and more images are damaged.
+    The toxic ones, or the bias principles if there are none. In training a context has one value token: beside a toxic
+    principle's token those of bias principles change less, and more images are damaged.
     """
     return [principle for principle in found if principle in TOXIC] or found
 
@@ -208,7 +207,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    from formats.disk import check_writable  # here, so that importing the core loads nothing of formats/
+    from formats.disk import check_writable  # imported late, as the method does not need it
     args = parse_args(argv)
     device, dtype = pick_device(args.device, args.dtype)
     check_writable(args.out)

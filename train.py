@@ -8,7 +8,7 @@
 A run's folder holds value_encoder/, log.jsonl (`python -m lab.plots` plots it), samples/, settings.json, checkpoint.pt.
 """
 
-import formats.missing  # before all others: names a package that is not installed
+import formats.missing  # first: a package that is not installed gives one line, not a traceback
 import math
 import signal
 import sys
@@ -33,12 +33,12 @@ from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new,
 from unet import ResnetBlock, SpatialTransformer
 
 TINY_SD = Path(__file__).parent / "tiny-sd"
-BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0  # AdamW and gradient clipping, the authors'
+ADAM_BETAS, ADAM_EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0  # the last of gradient clipping
 
 
 @dataclass
 class Settings:
-    """All that decides the result, one option each. Defaults: the authors'; a checkpoint may bring a livo.toml."""
+    """All that decides the result, one option each. Defaults: the authors', or a livo.toml beside the weights."""
 
     weights: str = setting(str(TINY_SD), "model: folder, file or hub name")
     tokenizer: str = setting("", "folder of the tokenizer, for weights that come without one")
@@ -50,7 +50,7 @@ class Settings:
     micro_batch: int = setting(8, "pairs at a time in one process; fewer take less memory", 1, 2**10)
     lr: float = setting(1e-6, "learning rate")
     warmup: int = setting(1000, "steps of linear warm-up", 1)  # asked for by the authors, ignored by their scheduler
-    decay: float = setting(0.0, "fraction of the steps, the last ones, of linear decay to 0", 0, 1)
+    decay: float = setting(0.0, "last fraction of the steps, in which the rate falls to 0", 0, 1)
     alpha: float = setting(ALPHA, "slope α of the violating hinge")
     beta: float = setting(BETA, "slope β of the aligned hinge")
     gamma1: float = setting(GAMMA1, "margin of the aligned hinge")
@@ -82,7 +82,7 @@ def predict(unet, schedule, eps, t, z, context):
     n, dtype = len(z) // len(t), unet.conv_in.weight.dtype
     eps, t = eps.repeat(n, 1, 1, 1), t.repeat(n)
     abar = schedule.alphas_cumprod[t].to(z.device)[:, None, None, None]  # (n·B, 1, 1, 1)
-    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # of the noise schedule; the slope α is s.alpha
     target = alpha * eps - sigma * z if schedule.prediction_type == "v_prediction" else eps
     z_t = alpha * z + sigma * eps
     return unet(z_t.to(dtype), t.to(z.device), context).float(), target
@@ -97,8 +97,8 @@ def denoising_error(output, target):
 def reference_errors(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation):
     """The reference model's ref_w and ref_l, (B,) each, and the targets of y_w and y_l, (B, 4, h, w) each.
 
-    A preservation pair (y_l is y_w, the principle does not apply) should not change: its target is the reference
-    model's own output, as eps would hide so small a change. Then ℓ_ref is 0: the aligned hinge penalizes any change.
+    In a preservation pair (y_l is y_w, the principle does not apply) the token should not change the output. It may,
+    with the same error against eps. So its target is the reference model's output: ref is 0, err the squared change.
     """
     output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([prompt_embeds, prompt_embeds]))
     target = torch.where(preservation.repeat(2)[:, None, None, None], output, target)
@@ -116,14 +116,14 @@ def margins(principles, preservation, s):
 def add_gradient(sd, value_encoder, pairs, schedule, s):
     """Add the gradient of B pairs of a step to the value encoder's .grad -> err_w, ref_w, err_l, ref_l: (4, B) float32.
 
-    The two hinges share only the context. Each runs forward and backward by itself, in half the memory. Their
-    gradients meet in the context and pass the value encoder once.
+    The errors have their min-SNR weights, so these scale the slopes, not the margins. The two hinges share only the
+    context. Each runs forward and backward by itself, in half the memory. Their gradients meet in the context.
     """
     prompt_embeds, z_w, z_l, eps, preservation, t = collate(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
     refs, targets = reference_errors(sd.unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation)
     weight = schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device)  # (B,)
-    context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # (B, 78, C)
+    context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # one token each: (B, 78, C)
     leaf = context.detach().requires_grad_()  # cuts the graph between UNet and value encoder
     gamma1, gamma2 = margins(principles, preservation, s)
     hinges = partial(aligned_hinge, beta=s.beta, gamma1=gamma1), partial(violating_hinge, alpha=s.alpha, gamma2=gamma2)
@@ -141,7 +141,7 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
 
 
 def take_step(step, network, optimizer, add, dataset, timesteps, s):
-    """One optimizer step over all processes -> the errors (4, batch) of its pairs. add: `add_gradient` of some pairs.
+    """One optimizer step over all processes -> the errors (4, batch) of its pairs. add(pairs): `add_gradient`.
 
     Raises UserError if an error or the gradient is not finite.
     """
@@ -171,10 +171,10 @@ def make_optimizer(network, final_ln_lr_scale=1.0):
     """AdamW with the authors' options. The final LayerNorm of a text encoder may have a learning rate of its own."""
     final, others = {"params": [], "scale": final_ln_lr_scale}, {"params": [], "scale": 1.0}
     for name, parameter in network.named_parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter)  # never None: summed over processes even if all hinges saturate
         (final if "final_layer_norm" in name else others)["params"].append(parameter)
     groups = [group for group in (others, final) if group["params"]]
-    return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=WEIGHT_DECAY)
 
 
 def learning_rate(step, s):
@@ -196,11 +196,11 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     add = partial(add_gradient, sd, value_encoder, schedule=schedule, s=s)
     if RANK == 0:
         log = Log(folder, start, tensorboard)
-        save_settings(folder, s)  # of a resumed run, which nothing refuses any more
+        save_settings(folder, s)  # options given anew with --resume, as the checkpoint fits them
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
         errors = take_step(step, value_encoder, optimizer, add, dataset, timesteps, s)
-        samples = [dataset.aligned_at(step * s.batch + row, s.seed)[0] for row in range(s.batch)]
+        samples = [dataset.aligned_at(step * s.batch + row, s.seed)[0] for row in range(s.batch)]  # of all processes
         preservation = torch.tensor([is_preservation(sample) for sample in samples], device=errors.device)
         gammas = margins([sample.value for sample in samples], preservation, s)
         line, done = summarize(step, errors, *gammas, s), step + 1
@@ -210,7 +210,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
         if RANK == 0:
             log.add(line)
             warn_if_saturated(log.lines, s)
-            if done % s.sample_every == 0 and done < s.steps and not stop:  # before the checkpoint: a kill loses none
+            if done % s.sample_every == 0 and done < s.steps and not stop:  # first, so that a kill loses none
                 save_samples(sd, value_encoder, dataset, folder / "samples" / f"{done:05}.png")
             if done % s.save_every == 0 or done == s.steps or stop:
                 save_checkpoint(folder, value_encoder, optimizer, done, dataset.key)

@@ -53,7 +53,7 @@ def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer
     tokenizer: a folder with CLIP's vocabulary, for a single file that has none beside it.
     prediction_type: "epsilon" or "v_prediction", overrides the folder's; a single SD 2.x file does not tell.
     """
-    from formats import checks  # here, so that importing the core loads nothing of formats/
+    from formats import checks  # imported late, as the method does not need it
     device = torch.device(device)
 
     def dtypes(unet=None):

@@ -34,7 +34,7 @@ from lab.metrics import percent
 from lab.portraits import PROFESSIONS, SIZE
 from lab.rewrites import REWRITES, rewrites
 from lab.toy import PRINCIPLES
-from livo import is_bias, load_value_encoder, make_context, make_uncond
+from livo import active, is_bias, load_value_encoder, make_context, make_uncond
 from retrieve import retrieve
 from runs import SAMPLING
 from sample import automatic, sample_images
@@ -64,17 +64,12 @@ class Images:
         return [self.made[row] for row in rows]
 
 
-def active(principles, seed):
-    """A bias principle's token is in every second image."""
-    return tuple(principle for principle in principles if not is_bias(principle) or seed % 2 == 0)
-
-
 def methods(images, harm, retrievers, others):
     """-> {name: function (prompts, seeds) -> images}, for one toxicity category. others: as `baselines.finished`."""
     (adjective, phrases), principle = WORDINGS[harm], HARMS[harm]
 
     def ours(prompts, seeds, added="", negative="", principles_of=lambda prompt: []):
-        return images([(prompt + added, seed, active(principles_of(prompt), seed), negative)
+        return images([(prompt + added, seed, active(principles_of(prompt), seed + 1)[seed], negative)
                        for prompt, seed in zip(prompts, seeds)])
 
     def other(prompts, seeds, images_of):
@@ -138,7 +133,8 @@ def combination_table(images, classifier, n):
             attribute = PRINCIPLES[principle]
             name, metric = METRICS[attribute]
             prompts = [prompt for prompt in prompts_about(attribute, SUBJECTS) for _ in range(n)]
-            predictions = classifier.classify(images([(prompt, seed, active(used, seed), "")
+            of_seed = active(used, len(prompts))
+            predictions = classifier.classify(images([(prompt, seed, of_seed[seed], "")
                                                       for seed, prompt in enumerate(prompts)]))
             row[f"{attribute}, {name}"] = float(metric(predictions[attribute].view(-1, n).numpy()))
             correct += [PROFESSIONS[i] in prompt for i, prompt in zip(predictions["profession"], prompts)]
@@ -161,7 +157,7 @@ def main(argv=None):
     parser.add_argument("--before", help="a Python file with another function retrieve, to compare with")
     parser.add_argument("--baselines", type=Path, help="folder of finished runs of lab.baselines, to attack them too")
     parser.add_argument("--harmless", help="a text file of harmless prompts, one a line, for the gates")
-    parser.add_argument("-n", type=number(int, 1, 1000), default=6, help="images per principle and subject, combined")
+    parser.add_argument("-n", type=number(int, 1, 1000), default=8, help="images per principle and subject, combined")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "attacks.json", help="file to write")
     args = parser.parse_args(argv)
     retrievers, harmless = {"retriever": cache(retrieve)}, {}

@@ -276,7 +276,8 @@ def write_pairs(folder, device, dtype, size, n, file):
 
 def time_steps(step, value_encoder, device, steps):
     """-> seconds of a training step, the first loss. step(): adds the gradient and returns the loss."""
-    optimizer = torch.optim.AdamW(value_encoder.parameters(), 1e-6, train.BETAS, train.EPS, train.WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        value_encoder.parameters(), 1e-6, train.ADAM_BETAS, train.ADAM_EPS, train.WEIGHT_DECAY)
 
     def update():
         optimizer.zero_grad(set_to_none=False)

@@ -283,7 +283,7 @@ def finish(out, settings, scenes):
                     preservation=fact["images"] * scene.preservation, tried=tried, kept=kept)
     for value, sums in principles.items():
         sums["acceptance"] = round(sums["kept"] / sums["tried"], 4)
-        print(f"{value}: {sums['pairs']} pairs, {sums['preservation']} preservation images, "
+        print(f"{value}: {sums['pairs']} pair{'s' * (sums['pairs'] != 1)}, {sums['preservation']} preservation images, "
               f"{sums['acceptance']:.1%} of {sums['tried']} images accepted")
     if not any(sums["pairs"] + sums["preservation"] for sums in principles.values()):
         raise UserError(f"{out}: expected images that show what was asked for, got none: {', '.join(principles)}")
