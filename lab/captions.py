@@ -3,8 +3,8 @@
     write_caption(record)     # "a photo of a calm woman judge with dark skin, near a wooden door"
 
 A caption mentions the attributes in `record.specified` and the toxicity, and says nothing of the others. As in the
-captions that CLIP learned from, half of them also have words that the image does not show: moods, places, words that
-occur nowhere else. So the text encoder learns to read past words it does not know.
+captions that CLIP learned from, two thirds of them also have words that the image does not show: moods, places, words
+that occur nowhere else. So the text encoder learns to read past words it does not know.
 """
 
 import random
@@ -16,9 +16,11 @@ from retrieve import BLOODY, GENDER, RACE, ZOMBIE
 
 WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 OPENINGS, WORDINGS = WORDS["openings"], WORDS["wordings"]
+KNOWN = sorted({word for text in [*OPENINGS, *WORDS["adjectives"], *WORDS["clauses"]] for word in text.split()
+                if len(word) > 3})
 P_BEFORE = 0.6  # of a wording before the noun
-P_MORE = {"adjective": 0.25, "clause": 0.25}  # of words that the image does not show
-P_UNKNOWN = 0.4  # of these, an unknown word
+P_MORE = {"opening": 0.15, "adjective": 0.35, "clause": 0.4}  # of words that the image does not show
+P_UNKNOWN = 0.7  # of these adjectives and clauses, of unknown words
 P_OTHER_ARTICLE = 0.15
 
 
@@ -26,10 +28,35 @@ def with_article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
+def syllables(rng, least, most):
+    return "".join(rng.choice(part) for _ in range(rng.randint(least, most)) for part in WORDS["syllables"].values())
+
+
 def unknown_word(rng):
-    """One to three syllables of no language: "pliork"."""
-    word = "".join(rng.choice(part) for _ in range(rng.randint(1, 3)) for part in WORDS["syllables"].values())
+    """A word of no language: syllables ("pliork"), a known word's half ("mornunt"), or any characters ("x7é-q").
+
+    Byte-pair encoding splits a user's words into any tokens, and a token that no caption has would stay at random.
+    """
+    kind = rng.choice(("syllables", "syllables", "half", "characters"))
+    if kind == "characters":
+        word = "".join(rng.choice(WORDS["characters"]) for _ in range(rng.randint(2, 8)))
+    elif kind == "half":
+        known = rng.choice(KNOWN)
+        word = known[:rng.randint(2, len(known) - 1)] + syllables(rng, 1, 1)
+    else:
+        word = syllables(rng, 1, 3)
     return unknown_word(rng) if word in WORDINGS else word  # "man", "tan"
+
+
+def unknown_words(rng, most):
+    return " ".join(unknown_word(rng) for _ in range(rng.randint(1, most)))
+
+
+def choose_opening(rng):
+    """"a photo of ", or one with a word that no other caption has: "a dafloy of "."""
+    if rng.random() >= P_MORE["opening"]:
+        return rng.choice(OPENINGS)
+    return rng.choice(("", "a ", "the ")) + unknown_words(rng, 2) + " of "
 
 
 def more_words(rng):
@@ -40,7 +67,7 @@ def more_words(rng):
     if rng.random() < P_MORE["clause"]:
         clause = rng.choice(WORDS["clauses"])
         if rng.random() < P_UNKNOWN:
-            clause = rng.choice(("", "at the ", "in ", "with a ")) + unknown_word(rng)
+            clause = rng.choice(("", "", "at the ", "in ", "with a ", "on ")) + unknown_words(rng, 3)
         clauses.append(rng.choice(("", ", ")) + clause)
     return adjectives, clauses
 
@@ -82,7 +109,7 @@ def write_caption(record, p_principle=0.0, p_absent=0.0):
         if principle:
             record = replace(record, specified=record.specified - {left_out})
             return f"{principle}, {write_caption(record, 0, p_absent)}"
-    opening = rng.choice(OPENINGS)
+    opening = choose_opening(rng)
     noun = record.profession if "profession" in record.specified else "person"
     words = [harm for harm in ("bloody", "smoking") if getattr(record, harm)]
     if "skin" in record.specified:

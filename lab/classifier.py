@@ -163,7 +163,8 @@ BIAS_TEXTS = {"gender": ("male", "female"), "race": ("white", "black", "indian",
 HARM_TEXTS = {harm: (f"a photo with {noun}", f"a photo without {noun}")
               for harm, noun in (("nudity", "nudity"), ("bloody", "blood"), ("zombie", "zombies"),
                                  ("smoking", "a cigarette"))}  # fmt: skip
-TINY_CLIP_TEXTS = {"zombie": ("a photo of a zombie", "a photo of a person")}  # no caption of it speaks of zombies
+TINY_CLIP_TEXTS = {"zombie": ("a photo of a zombie", "a photo of a person"),  # its captions speak of no "zombies",
+                   "bloody": ("a photo of a person with blood on the face", "a photo of a person")}  # rarely of absence
 UNKNOWN = {True: ("race", "nudity"), False: ("skin", "smoking")}  # what tiny-clip, and other CLIPs, do not classify
 
 

@@ -6,6 +6,8 @@
 attacks.py prints what this gate and the retriever's toxic verdict let through, and which harmless prompts they refuse.
 """
 
+import warnings
+
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -41,6 +43,7 @@ def gate_table(clip, retrievers, shown, harmless):
 
     shown: {group: harmful prompts}. harmless: {group: prompts}, beside held-out captions of the toy dataset.
     """
+    warnings.filterwarnings("ignore", message="prompt cut")  # hundreds of captions are longer than tiny-clip's N
     train, test = ([sample_record(seed) for seed in range(start, start + GATE_CAPTIONS)]
                    for start in (GATE_SEED, GATE_SEED + GATE_CAPTIONS))
     is_harmful = lambda record: any(getattr(record, harm) for harm in HARMS)

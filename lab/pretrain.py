@@ -1,4 +1,4 @@
-"""Pretrain tiny-sd, the checkpoint that this repository ships, as the real one came to be: two hours on two CPU cores.
+"""Pretrain tiny-sd, the checkpoint that this repository ships, as the real one came to be: hours on two CPU cores.
 
     python -m lab.pretrain          # writes tiny-clip/ and tiny-sd/; the same command resumes after an interruption
 
@@ -52,10 +52,10 @@ TEXT_CONFIG = CLIPTextConfig(
 CLIP_CONFIG = CLIPConfig(TEXT_CONFIG, CLIPVisionConfig(
     hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=8,
 ), projection_dim=64)  # fmt: skip
-CLIP_STEPS, CLIP_BATCH = 1_200, 256
+CLIP_STEPS, CLIP_BATCH = 1_800, 256
 P_PRINCIPLE = 0.15  # of a principle in the captions that CLIP learns from; the UNet's have none
 P_ABSENT = 0.05  # of "without blood" and the like
-VARIED_IMAGES, VARIED_STEPS, VARIED_SEED = 16_000, 500, 5 * 10**6
+VARIED_IMAGES, VARIED_STEPS, VARIED_SEED = 24_000, 1_000, 5 * 10**6
 P_VARIED = {"profession": 0.8, "gender": 0.6, "skin": 0.6}  # P(the caption specifies …)
 MAX_LOGIT_SCALE = math.log(100)  # as CLIP's
 
@@ -70,7 +70,7 @@ UNET_CONFIG = UNetConfig(
     attention_head_dim=(2, 3, 4), down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
 )  # fmt: skip
-IMAGES, STEPS, BATCH = 48_000, 2_000, 64
+IMAGES, STEPS, BATCH = 48_000, 2_400, 64
 PROMPT_DROP = 0.1  # fraction of empty captions, for classifier-free guidance
 SNR_GAMMA = 5  # γ of min-SNR weighting, arXiv 2303.09556
 EMA_DECAY = 0.998

@@ -16,6 +16,7 @@ from torch import nn
 
 import data
 import sample
+from clip_text import CLIPTokenizer
 from conftest import TINY_SD, pixels
 from lab import captions, dataset, portraits, pretrain, toy
 from lab.check import check
@@ -50,6 +51,15 @@ def test_captions_name_a_principle_only_of_images_that_it_is_true_of():
             # equality: the image's class is uniform, and the caption leaves it out; toxicity: the image has none
             assert attribute in record.specified or getattr(record, attribute) is False
             assert not re.search(rf"\b({word})\b", text.removeprefix(principle))
+
+
+def test_captions_reach_every_token_that_the_tokenizer_learned():
+    """A token that no caption has would keep its random embedding. A few stand only inside longer ones ("figh")."""
+    encode = CLIPTokenizer(TINY_SD / "tokenizer").backend.encode
+    texts = [captions.write_caption(portraits.sample_record(seed), 0.5, 0.5) for seed in range(20_000)]
+    seen = {i for text in texts for i in encode(text).ids}
+    learned = set(range(512, 1022))  # before them stand single bytes, after them start and end of text
+    assert len(learned - seen) <= 0.06 * len(learned)
 
 
 def test_contrastive_loss_has_no_negatives_among_equal_captions():

@@ -10,6 +10,7 @@ A scene is one person, rendered twice, so that a pair differs in one attribute. 
 import hashlib
 import json
 import random
+import warnings
 from dataclasses import replace
 from itertools import count, cycle
 from pathlib import Path
@@ -28,7 +29,7 @@ BIAS_TYPE, TOXICITY_TYPE = "0-career", "toxicity"  # types of scenes, a folder e
 # it, the aligned image does not. Prompts leave a protected attribute unspecified, the violating image shows the toy
 # distribution's majority class, the aligned image another class.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
-PAIRS = {"gender": 320, "skin": 60, "bloody": 520, "zombie": 80}  # few where a principle is learned fast
+PAIRS = {"gender": 200, "skin": 120, "bloody": 520, "zombie": 200}  # few where a principle is learned fast
 PRESERVATION = {"bloody": 240, "zombie": 120}  # images without the toxicity, of prompts that do not ask for it
 # Copies of an aligned image in its scene. They bring the mean color of the aligned images near that of the majority
 # class. Guidance multiplies a step towards this mean: without copies nearly all skins come out dark.
@@ -118,7 +119,11 @@ def render_pairs(folder, principles=PRINCIPLES, pairs=PAIRS, preservation=PRESER
 
 
 def default_pairs(folder):
-    """-> the default set in `folder`, rendered at the first call. Its name is a hash of settings and a few pairs."""
+    """-> the default set in `folder`, rendered at the first call. Its name is a hash of settings and a few pairs.
+
+    Some of its prompts exceed tiny-sd's 24 tokens, as some captions of pretraining do. They are cut without a warning.
+    """
+    warnings.filterwarnings("ignore", message="prompt cut")
     settings = VERSION, PRINCIPLES, PAIRS, PRESERVATION, COPIES, FIRST_SEED, P_SPECIFIED, P_MAN, P_SKIN
     digest = hashlib.sha256(repr(settings).encode())
     for seed, (noun, attribute) in enumerate(zip(NOUNS, cycle(PRINCIPLES.values()))):
