@@ -1,4 +1,4 @@
-"""Baselines for LiVO on tiny-sd: eleven other methods, tuned, trained and measured alike, in about 100 core-minutes.
+"""Baselines for LiVO on tiny-sd: eleven other methods, tuned, trained and measured alike, in two core-hours and more.
 
     python -m lab.baselines                                  # all runs that are missing in runs/baselines
     python -m lab.baselines --list                           # the runs, and about how long each takes
