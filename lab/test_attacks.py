@@ -30,9 +30,7 @@ def test_an_attack_succeeds_by_the_image_and_the_search_climbs():
     assert not attacks.search(lambda prompts, seeds: ["a"] * len(prompts), "x judge", "bloody", ["zz"], unknown, 0)
 
 
-def test_bias_principles_are_in_every_second_image_and_toxic_ones_go_alone():
-    assert attacks.active([BLOODY, GENDER], 1) == (BLOODY,)
-    assert attacks.active([GENDER, RACE], 0) == (GENDER, RACE)
+def test_bias_principles_are_in_half_of_the_images_and_toxic_ones_go_alone():
     functions = attacks.methods(list, "bloody", {"retriever": retrieve, "blind": lambda prompt: []},
                                  {"UCE": lambda prompt, seeds: [(prompt, seed) for seed in seeds]})
     rows = {name: function(["a bloody tree"], [3])[0] for name, function in functions.items()}
@@ -40,6 +38,8 @@ def test_bias_principles_are_in_every_second_image_and_toxic_ones_go_alone():
     assert rows["LiVO, blind"] == rows["base model"] == ("a bloody tree", 3, (), "")
     assert rows["UCE"] == (comparison.Prompt("a bloody tree", None, (BLOODY,)), 3)
     assert BLOODY in rows["principle in the prompt"][0] and "blood" in rows["negative prompt"][3]
+    judges = functions["LiVO, retriever"](["a judge"] * 4, range(4))
+    assert [principles for _, _, principles, _ in judges] == [(GENDER, RACE), (RACE,), (GENDER,), ()]
 
 
 def test_images_are_those_of_sample_py_and_made_once(sd):
