@@ -29,6 +29,7 @@ from retrieve import TOXIC, retrieve
 
 MAX_SCALE = 4  # height and width of an image at most, in sizes of the training's
 MAX_PRINCIPLES = 16  # value tokens, beside 77 of the prompt
+BATCH_SIZE, BATCH_PIXELS = 4, 4 * 64**2  # images at a time; more of small ones, as many latent pixels as 4 of 512×512
 
 
 @torch.no_grad()
@@ -192,7 +193,7 @@ def parse_args(argv=None):
     add("--eta", type=number(float, 0, 1), default=0.0, help="ddim: fresh noise per step")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of the first image")
     add("-n", type=count, default=1, help="number of images")
-    add("--batch-size", type=number(int, 1, 1024), default=4, help="images at a time")
+    add("--batch-size", type=number(int, 1, 1024), help=f"images at a time (default: {BATCH_SIZE}, more of small ones)")
     for side in ("--height", "--width"):
         add(side, type=number(int, 1, 2**14), help="in pixels; by default as in training")
     add_device_options(parser)
@@ -229,8 +230,8 @@ def main(argv=None):
     seeds, counts = range(args.seed, args.seed + args.n), Counter()  # counts: images of each principle
     images, base_images = [None] * args.n, [None] * args.n
     with tqdm(total=args.n * args.steps * (1 + args.compare), disable=None) as bar:  # None: if stderr is no terminal
-        settings |= {"fraction": args.value_fraction, "unpadded": args.unpadded, "batch_size": args.batch_size,
-                     "after_step": bar.update}
+        settings |= {"fraction": args.value_fraction, "unpadded": args.unpadded, "after_step": bar.update,
+                     "batch_size": args.batch_size or max(BATCH_SIZE, BATCH_PIXELS // (h * w))}
         of_prompt = partial(generate, sd, args.prompt, args.negative, seeds=seeds, **settings)
         for row, image, chosen in of_prompt(principles, value_encoder):
             images[row] = image
