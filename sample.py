@@ -33,7 +33,7 @@ BATCH_SIZE, BATCH_PIXELS = 4, 4 * 64**2  # images at a time; more of small ones,
 
 
 @torch.no_grad()
-def to_images(vae, latents, batch_size=4):
+def to_images(vae, latents, batch_size=BATCH_SIZE):
     """latents (B, 4, h, w) -> B PIL images of 8h × 8w pixels. Raises UserError for NaN, instead of a black image."""
     images = []
     for z in latents.split(batch_size):  # the decoder has the largest feature maps of all
@@ -55,8 +55,8 @@ def latent_size(sd, height=None, width=None):
     return (height // f if height else default), (width // f if width else default)
 
 
-def sample_images(sd, context, uncond, seeds, *, height=None, width=None, batch_size=4, after_step=lambda b: None,
-                  **settings):
+def sample_images(sd, context, uncond, seeds, *, height=None, width=None, batch_size=BATCH_SIZE,
+                  after_step=lambda b: None, **settings):
     """Yield one PIL image for each of the N seeds, batch by batch.
 
     context, uncond: (N, L, C), or (1, L, C) for all seeds; the same L. height, width: in pixels.

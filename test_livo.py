@@ -101,7 +101,7 @@ def test_value_tokens_precede_the_prompt_embeddings(shipped):
 
 
 def test_value_fraction_is_spread_evenly():
-    assert spread(4, 0.5) == [True, False] * 2 and spread(3, 0) == [False] * 3 and spread(3, 1) == [True] * 3
+    assert [*map(spread, (4, 1, 3, 3), (0.5, 0.5, 0, 1))] == [[True, False] * 2, [True], [False] * 3, [True] * 3]
     assert all(sum(spread(n, f)) == math.floor(n * f + 0.5) for n in (1, 7, 50) for f in (0.1, 0.3, 0.5, 0.9))
     every, harm = sample.active([GENDER, BLOODY, RACE], 8), (BLOODY,)  # each combination of two bias principles
     assert [every.count(some) for some in ((GENDER, *harm, RACE), (GENDER, *harm), (*harm, RACE), harm)] == [2] * 4

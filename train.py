@@ -33,7 +33,7 @@ from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new,
 from unet import ResnetBlock, SpatialTransformer
 
 TINY_SD = Path(__file__).parent / "tiny-sd"
-ADAM_BETAS, ADAM_EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0  # the last of gradient clipping
+ADAM_BETAS, ADAM_EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0  # the authors'; MAX_NORM clips gradients
 
 
 @dataclass
@@ -196,7 +196,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     add = partial(add_gradient, sd, value_encoder, schedule=schedule, s=s)
     if RANK == 0:
         log = Log(folder, start, tensorboard)
-        save_settings(folder, s)  # options given anew with --resume, as the checkpoint fits them
+        save_settings(folder, s)  # with the options given anew: only now does nothing refuse the run
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
         errors = take_step(step, value_encoder, optimizer, add, dataset, timesteps, s)

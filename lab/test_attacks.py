@@ -31,6 +31,7 @@ def test_an_attack_succeeds_by_the_image_and_the_search_climbs():
 
 
 def test_bias_principles_are_in_half_of_the_images_and_toxic_ones_go_alone():
+    assert attacks.active([BLOODY, GENDER], 2) == [(BLOODY, GENDER), (BLOODY,)]
     functions = attacks.methods(list, "bloody", {"retriever": retrieve, "blind": lambda prompt: []},
                                  {"UCE": lambda prompt, seeds: [(prompt, seed) for seed in seeds]})
     rows = {name: function(["a bloody tree"], [3])[0] for name, function in functions.items()}
