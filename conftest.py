@@ -61,7 +61,6 @@ SD1 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
 
 # ── Helpers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def levels(*channels):
     """Options of a UNet with these levels; all but the lowest cross-attend, as in Stable Diffusion."""
     n = len(channels) - 1
@@ -129,7 +128,6 @@ def pairs_of(dataset, n=4):
 
 
 # ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 @pytest.fixture(scope="session")
 def shipped():
@@ -270,7 +268,6 @@ def sd_folder(published, tmp_path):
 
 # ── The hub, on a local server ───────────────────────────────────────────────────────────────────────────────────────
 
-
 def answer(path, repositories, requested):
     """A request's path -> status, headers and body, as the hub answers."""
     kind = re.fullmatch(r"/(api/models/)?([^/]+/[^/]+?)(?:/(revision|resolve|tree)/[^/]+/?(.*))?", path.split("?")[0])
@@ -341,7 +338,6 @@ def fetch(env, *calls):
 
 
 # ── Data and training runs ───────────────────────────────────────────────────────────────────────────────────────────
-
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):

@@ -107,8 +107,7 @@ def parse_margins(text):
 
 
 def save_settings(folder, s):
-    with atomic(folder / "settings.json") as path:
-        write_json(path, vars(s))
+    write_json(folder / "settings.json", vars(s))
 
 
 # ── Checkpoint, log, sample sheets ───────────────────────────────────────────────────────────────────────────────────

@@ -23,8 +23,7 @@ FIXED = {UNet: dict(
     timestep_post_act=None, transformer_layers_per_block=1,
 ), VAE: dict(
     _class_name="AutoencoderKL", act_fn="silu", latents_mean=None, latents_std=None, mid_block_add_attention=True,
-    shift_factor=None, use_post_quant_conv=True, use_quant_conv=True,
-)}
+    shift_factor=None, use_post_quant_conv=True, use_quant_conv=True)}
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "DownEncoderBlock2D",
                "UpDecoderBlock2D")
 MAX_SIZE = 2048  # height and width of an image in pixels, which only a damaged config exceeds
@@ -44,8 +43,7 @@ SIGNS = {  # the start of a file's name -> what the folder is instead
     "pytorch_lora_weights": "a LoRA",
     "adapter_config.json": "a LoRA",
     "value_encoder/": "a LiVO value encoder",
-    "config.json": "one network alone (a value encoder? a ControlNet?)",
-}
+    "config.json": "one network alone (a value encoder? a ControlNet?)"}
 
 
 def listing(folder):

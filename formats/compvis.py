@@ -21,8 +21,7 @@ UNSUPPORTED = {  # parameter names of other formats
     r"^control_model\.": "a ControlNet",
     r"lora": "a LoRA",
     r"^text_model\.": "a text encoder alone",
-    r"^(down_blocks|encoder)\.": "a UNet or VAE alone",
-}
+    r"^(down_blocks|encoder)\.": "a UNet or VAE alone"}
 CLIP_HEAD_WIDTH, CLIP_EOS = 64, 49407
 UNET_NAMES = [
     (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
@@ -30,8 +29,7 @@ UNET_NAMES = [
     (r"^middle_block\.0", "mid_block.resnets.0"), (r"^middle_block\.1", "mid_block.attentions.0"),
     (r"^middle_block\.2", "mid_block.resnets.1"),
     (r"\.in_layers\.0", ".norm1"), (r"\.in_layers\.2", ".conv1"), (r"\.emb_layers\.1", ".time_emb_proj"),
-    (r"\.out_layers\.0", ".norm2"), (r"\.out_layers\.3", ".conv2"), (r"\.skip_connection", ".conv_shortcut"),
-]
+    (r"\.out_layers\.0", ".norm2"), (r"\.out_layers\.3", ".conv2"), (r"\.skip_connection", ".conv_shortcut")]
 VAE_NAMES = [
     (r"\.down\.(\d+)\.block", r".down_blocks.\1.resnets"),
     (r"\.down\.(\d+)\.downsample", r".down_blocks.\1.downsamplers.0"),
@@ -39,15 +37,13 @@ VAE_NAMES = [
     (r"\.up\.(\d+)\.upsample", r".up_blocks.\1.upsamplers.0"),
     (r"\.mid\.block_1", ".mid_block.resnets.0"), (r"\.mid\.attn_1", ".mid_block.attentions.0"),
     (r"\.mid\.block_2", ".mid_block.resnets.1"),
-    (r"\.nin_shortcut", ".conv_shortcut"), (r"\.norm_out", ".conv_norm_out"),
-]
+    (r"\.nin_shortcut", ".conv_shortcut"), (r"\.norm_out", ".conv_norm_out")]
 OPENCLIP_NAMES = [
     (r"^token_embedding", "embeddings.token_embedding"),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
     (r"^transformer\.resblocks", "encoder.layers"), (r"^ln_final", "final_layer_norm"),
     (r"\.ln_(\d)", r".layer_norm\1"), (r"\.attn\.", ".self_attn."),
-    (r"\.c_fc", ".fc1"), (r"\.c_proj", ".fc2"),
-]
+    (r"\.c_fc", ".fc1"), (r"\.c_proj", ".fc2")]
 # SD 2.x takes the output of OpenCLIP-H's last layer but one.
 OPENCLIP_UNUSED = ("transformer.resblocks.23.", "text_projection", "logit_scale")
 
@@ -91,8 +87,7 @@ def read_single_file(path, tokenizer, prediction_type):
         sub_models = {
             "unet": SubModel(*read_unet(unet, prediction_type), path),
             "vae": SubModel(*read_vae(vae), path),
-            "text_encoder": SubModel(*(read_openclip(openclip) if openclip else read_clip(clip)), path),
-        }
+            "text_encoder": SubModel(*(read_openclip(openclip) if openclip else read_clip(clip)), path)}
     except KeyError as error:
         raise UserError(f"{path}: expected the tensor {error.args[0]}, got none") from error
     except Exception as error:  # names and shapes can be anything: numbers of many digits, tensors without dimensions

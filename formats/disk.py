@@ -65,10 +65,8 @@ def hidden(path, suffix=""):
 def is_alive(process):
     try:
         os.kill(process, 0)  # sends nothing
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # of another user
-        return True
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # of another user
     return True
 
 

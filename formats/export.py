@@ -20,8 +20,7 @@ def save(sd, folder, dtype=torch.float16):
         requires_safety_checker=False, safety_checker=[None, None],
         scheduler=["diffusers", sd.scheduler.get("_class_name", SCHEDULER["_class_name"])],
         text_encoder=["transformers", "CLIPTextModel"], tokenizer=["transformers", "CLIPTokenizer"],
-        unet=["diffusers", "UNet2DConditionModel"], vae=["diffusers", "AutoencoderKL"],
-    )
+        unet=["diffusers", "UNet2DConditionModel"], vae=["diffusers", "AutoencoderKL"])
     levels, stem = len(sd.vae.config.block_out_channels), "diffusion_pytorch_model"
     vae = FIXED[VAE] | {"down_block_types": ["DownEncoderBlock2D"] * levels,
                         "up_block_types": ["UpDecoderBlock2D"] * levels}

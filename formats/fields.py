@@ -16,8 +16,7 @@ LIMITS = {  # least and largest value of a number, or of each number of a list
     "num_hidden_layers": (0, 128), "num_attention_heads": (1, 256), "max_position_embeddings": (3, 10**4),
     "layer_norm_eps": (1e-12, 1), "eos_token_id": (0, 10**6), "image_size": (1, 2048), "patch_size": (1, 2048),
     "projection_dim": (1, 2**14), "num_train_timesteps": (1, 10**4), "beta_start": (1e-9, 0.999),
-    "beta_end": (1e-9, 0.999),
-}
+    "beta_end": (1e-9, 0.999)}
 DIVISORS = {"block_out_channels": ("norm_num_groups", "attention_head_dim"), "hidden_size": ("num_attention_heads",)}
 
 

@@ -14,14 +14,12 @@ from vae import VAE
 WEIGHT_FILE = re.compile(  # with the two places that versions of diffusers gave a shard's variant
     r"(?:diffusion_pytorch_model|pytorch_model|model)"
     r"(?:\.(?P<variant>\w+))?(?:-\d+-of-(?P<shards>\d+))?(?:\.(?P<late_variant>\w+))?"
-    r"\.(?P<format>safetensors|bin)"
-)
+    r"\.(?P<format>safetensors|bin)")
 MAX_NESTING = 4  # of "state_dict"
 VAE_ATTENTION_NAMES = [  # q and proj_out in CompVis files, query and proj_attn in diffusers before 0.17
     (r"(attentions\.0)\.norm\.", r"\1.group_norm."),
     (r"(attentions\.0)\.([qkv])(uery|ey|alue)?\.", r"\1.to_\2."),
-    (r"(attentions\.0)\.proj_(out|attn)\.", r"\1.to_out.0."),
-]
+    (r"(attentions\.0)\.proj_(out|attn)\.", r"\1.to_out.0.")]
 
 
 def weight_files(names, dtype, where):
@@ -120,8 +118,7 @@ def match_names(tensors, expected, network, where):
         "unexpected": [name for name in matched if name not in expected],
         "of another shape": [f"{name} {tuple(matched[name].shape)} for {tuple(t.shape)}"
                              for name, t in expected.items() if name in matched and matched[name].shape != t.shape],
-        "of no floats": [f"{name} {t.dtype}" for name, t in matched.items() if not t.is_floating_point()],
-    }
+        "of no floats": [f"{name} {t.dtype}" for name, t in matched.items() if not t.is_floating_point()]}
     if any(wrong.values()):
         got = "; ".join(f"{len(some)} {how}: {', '.join(some[:3])}" for how, some in wrong.items() if some)
         raise UserError(f"{where}: expected the {len(expected)} tensors of a {network.__name__}, got {got}")

@@ -24,8 +24,7 @@ ARGPARSE = {
     r"^the following arguments are required: (.*)": r"expected \1, got none",
     r"not allowed with argument (.*)": r"expected it without \1, got both",
     r"^ambiguous option: (.*) could match (.*)": r"expected one of \2, got \1",
-    r"^unrecognized arguments: (.*)": r"expected the options of --help, got \1",
-}
+    r"^unrecognized arguments: (.*)": r"expected the options of --help, got \1"}
 SYSTEM = EPIPE, ENOSPC, EDQUOT, EFBIG, EIO, ENOMEM  # errors that name no file
 
 

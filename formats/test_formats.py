@@ -50,7 +50,6 @@ def assert_same(sd, pipe, dtype=torch.float32):
 
 # ── Folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @pytest.mark.parametrize("how", [
     {}, {"safe_serialization": False}, {"variant": "fp16"}, {"max_shard_size": "200KB"},
     {"max_shard_size": "200KB", "variant": "fp16"}, {"max_shard_size": "200KB", "safe_serialization": False},
@@ -107,7 +106,6 @@ def test_old_parameter_names(pipe, sd_folder, old, ones, prefix):
 
 
 # ── CompVis files, in the layout of CompVis/stable-diffusion and Stability-AI/stablediffusion ────────────────────────
-
 
 RESNET = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
           ("norm2", "out_layers.0"), ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection")]
@@ -255,7 +253,6 @@ def test_ema_weights_are_preferred(pipe, tmp_path):
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 class Hostile:
     def __reduce__(self):
         return os.mkdir, ("pwned",)
@@ -337,7 +334,6 @@ def test_other_model_families_are_named(pipe, sd_folder, tmp_path):
 
 # ── Value encoders ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def test_value_encoder_files(published, tmp_path):
     mine, model = tmp_path / "mine", weights.load_text_encoder(published / "text_encoder")
     for _ in range(2):  # the next checkpoint replaces the last
@@ -377,7 +373,7 @@ def test_unpadded_context_is_that_of_the_authors(tmp_path):
     value = ref(read(f"{GENDER}, {prompt}").input_ids).pooler_output[:, None]
     context = torch.cat([value, pipe.text_encoder(read(prompt).input_ids)[0]], dim=1)
     empty = pipe.text_encoder(read("", padding="max_length", max_length=context.shape[1]).input_ids)[0]
-    assert torch.allclose(unpadded.make_context(sd, [prompt], GENDER, ours), context, atol=1e-5)
+    assert torch.allclose(unpadded.make_context(sd, [prompt], [GENDER], ours), context, atol=1e-5)
     assert torch.allclose(unpadded.make_uncond(sd, context.shape[1]), empty, atol=1e-5)
     expected = pipe(prompt_embeds=context, negative_prompt_embeds=empty, num_inference_steps=10,
                     generator=torch.Generator().manual_seed(3)).images[0]
@@ -396,7 +392,6 @@ def test_unpadded_context_is_that_of_the_authors(tmp_path):
 
 
 # ── Saving, the hub (on a local server) ──────────────────────────────────────────────────────────────────────────────
-
 
 def test_saving_replaces_a_checkpoint_that_is_in_use_and_no_other_folder(published, tmp_path):
     sd = weights.load(published)
@@ -431,7 +426,6 @@ def test_hub(hub):
 
 
 # ── Tokenizers ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 VOCABULARY = SHARED / "clip-tokenizer"
 TEXTS = ["", "!", "wow!! 100% ok!", "Don't we'LL I'Ve 'S", "a  b\t\tc\r\n\n d\x85e", "&amp;amp; &eacute;", "İ ß ﬁ K Å",

@@ -9,17 +9,11 @@ from functools import partial
 import livo
 
 
-def make_context(sd, prompts, principles=(), value_encoder=None, prompt_embeds=None):
-    """livo.make_context for prompts of one length n, cut to leave room for P value tokens -> (B, P + n, C).
-
-    Without a principle it is the base model's padded context.
-    """
-    principles = [principles] if isinstance(principles, str) else principles
-    if principles and prompt_embeds is None:
-        ids = cut(sd.tokenizer(prompts, pad=False), sd.tokenizer.max_length - len(principles), sd.tokenizer)
-        prompt_embeds = sd.text_encoder(ids.to(next(sd.text_encoder.parameters()).device))[0]  # (B, n, C)
-    if principles:
-        sd = replace(sd, tokenizer=partial(sd.tokenizer, pad=False))
+def make_context(sd, prompts, principles, value_encoder):
+    """livo.make_context for prompts of one length n, cut to leave room for P value tokens -> (B, P + n, C)."""
+    ids = cut(sd.tokenizer(prompts, pad=False), sd.tokenizer.max_length - len(principles), sd.tokenizer)
+    prompt_embeds = sd.text_encoder(ids.to(next(sd.text_encoder.parameters()).device))[0]  # (B, n, C)
+    sd = replace(sd, tokenizer=partial(sd.tokenizer, pad=False))
     return livo.make_context(sd, prompts, principles, value_encoder, prompt_embeds)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import weights
-from common import Parser, UserError, atomic, number, regular, run, write_json
+from common import Parser, UserError, number, regular, run, write_json
 from formats.disk import check_writable
 from formats.messages import expecting
 from lab import baselines
@@ -181,8 +181,7 @@ def main(argv=None):
     results["attacks, % success"], shown = attack_table(images, retrievers, classifier, others)
     results["gates, %"] = gate_table(load_clip(TINY_CLIP), retrievers, shown, harmless)
     results["principles together, %"] = combination_table(images, classifier, args.n)
-    with atomic(args.out) as path:
-        write_json(path, results)
+    write_json(args.out, results)
     for title, table in list(results.items())[1:]:
         print_markdown(title, table)
 

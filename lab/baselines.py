@@ -50,7 +50,7 @@ VERSION = 5  # part of every run's key: raise it when the code trains or measure
 
 LIVO = "LiVO"
 SWEEP = {  # the settings that are tried; a method with only one is not tuned
-    LIVO: [{}],
+    LIVO: [{"lr": PRESET["lr"]}],
     "BT on the value encoder": [{"lr": 1e-3, "beta": 20.0}, {"lr": 1e-3, "beta": 100.0}, {"lr": 3e-4, "beta": 100.0}],
     "Diffusion-DPO": [{"lr": 3e-5, "beta": 100.0}, {"lr": 1e-4, "beta": 100.0}, {"lr": 1e-4, "beta": 20.0}],
     "text encoder": [{"lr": 1e-4}, {"lr": 3e-4}, {"lr": 1e-3}],
@@ -61,8 +61,7 @@ SWEEP = {  # the settings that are tried; a method with only one is not tuned
     "Fair Diffusion": [{"scale": scale, "threshold": threshold} for scale in (5.0, 10.0) for threshold in (0.5, 0.9)],
     "Safe Latent Diffusion": [{"strength": name} for name in SLD],
     "negative prompt": [{"phrases": 0}, {"phrases": 2}],
-    "principle in the prompt": [{}],
-}
+    "principle in the prompt": [{}]}
 SEEDS, TUNING_SEED = (0, 1, 2), 100  # of training
 MEASURED = (50, 100, 200, 300)  # steps, beside the last one
 MARGINS = {name: PRESET.get(name) for name in ("gamma1", "gamma2", "margins")}
@@ -150,11 +149,6 @@ def load_progress(file, about, start):
     return [point for point in found["curve"] if point["step"] <= start], seconds * start / step
 
 
-def save(file, content):
-    with atomic(file) as path:
-        write_json(path, content)
-
-
 def best_settings(out, method):
     """The best settings of a method; None while some of its tuning runs, or the base model's, are missing."""
     if len(SWEEP[method]) == 1:
@@ -185,7 +179,7 @@ class Setup:
         root = args.data or toy.default_pairs(args.out.parent)
         self.dataset = PreferenceDataset(root, self.sd, args.out.parent / "cache")
         self.classifier, self.detector = load_classifier(), load_detector()
-        others = {name: value for name, value in PRESET.items() if name not in MARGINS}
+        others = {name: value for name, value in PRESET.items() if name not in {*MARGINS, "lr"}}  # each has its own lr
         key = VERSION, evaluate.VERSION, others, SAMPLING, TUNING, REPORT, self.classifier.name, self.dataset.key
         self.model = f"{fingerprint(self.sd)} {digest(map(str, key))}"
         self.generate = partial(generated, self.sd, None, SAMPLING)
@@ -202,7 +196,7 @@ class Setup:
         result = {"about": self.about(this), "parameters": parameters, "curve": curve}
         if not this.tuning and this.method != BASE and this.seed in (None, SEEDS[0]):
             result["seconds added"] = seconds_added(this.method, images_of, self.generate, self.args.per_prompt)
-        save(this.file, result)
+        write_json(this.file, result)
 
     def point(self, this, step, seconds, images_of):
         prompts = TUNING if this.tuning else REPORT
@@ -236,7 +230,7 @@ class Setup:
                 if step in due:
                     curve.append(self.point(this, step, seconds, images_of))
                 if step in due or signals and step:
-                    save(file, {"about": about, "curve": curve, "step": step, "seconds": seconds})
+                    write_json(file, {"about": about, "curve": curve, "step": step, "seconds": seconds})
                     train.save_checkpoint(this.folder, network, optimizer, step, self.dataset.key)
                 if signals:
                     sys.exit(128 + max(signals))
@@ -335,7 +329,7 @@ def write_results(out, file):
     from lab import plots  # it imports matplotlib
     results = collect(out)
     text = tables(results)
-    save(file, results)
+    write_json(file, results)
     with atomic(file.with_suffix(".md")) as path:
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
     for name, plot in ("convergence", plots.convergence), ("tradeoff", plots.tradeoff):

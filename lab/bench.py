@@ -41,13 +41,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-import common
 import efficiency
 import train
 import weights
 from attention import attend, has_kernels
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from common import Parser, UserError, atomic, number, run
+from common import Parser, UserError, atomic, number, read_json, run
 from data import Pair
 from efficiency import add_device_options, keep_freed_memory, pick_device
 from formats.checks import read_config
@@ -69,13 +68,11 @@ BUSY = 20_000_000  # clock cycles, about 10 ms: long enough to enqueue all calls
 
 LEVELS = [  # of the UNet, at 512×512 and 768×768 pixels: (model, heads, head size, side of the feature map)
     ("SD 1.5", 8, 40, 64), ("SD 1.5", 8, 80, 32), ("SD 1.5", 8, 160, 16), ("SD 1.5", 8, 160, 8),
-    ("SD 2.1", 5, 64, 96), ("SD 2.1", 10, 64, 48), ("SD 2.1", 20, 64, 24), ("SD 2.1", 20, 64, 12),
-]
+    ("SD 2.1", 5, 64, 96), ("SD 2.1", 10, 64, 48), ("SD 2.1", 20, 64, 24), ("SD 2.1", 20, 64, 12)]
 TEXT = 77  # tokens
 
 
 # ── attention ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def seconds(call, device):
     """Seconds of one call. On a GPU, of the GPU's work alone."""
@@ -208,7 +205,6 @@ def sample_diffusers(folder, device, dtype, size, n, steps, whole, compiled=Fals
 
 # ── one UNet call ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def unet_inputs(config, side, n, device="cpu", dtype=torch.float32):
     """Of n guided images: noise (2n, 4, side, side), a timestep, context (2n, 77, D)."""
     torch.manual_seed(SEED)
@@ -259,7 +255,6 @@ def print_operators(folder, device, dtype, side, n, rows=12):
 
 
 # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def write_pairs(folder, device, dtype, size, n, file):
     """Write n random preference pairs with all their noise, as images and as what our cache would hold of them."""
@@ -373,7 +368,6 @@ def load(script, folder, device, dtype):
 
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def measure(call):
     """-> seconds, and peak bytes of memory of this process or of those that it started."""
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries, about their next version
@@ -475,7 +469,6 @@ def bench_load(model, args):
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @dataclass
 class Model:
     """The model that is measured, and where."""
@@ -520,7 +513,7 @@ def save_rows(machine, rows):
     """Write rows into assets/bench-MACHINE.json. They replace older ones of the same model and `what`."""
     slug = re.sub(r"\W+", "-", machine.lower())
     file = ASSETS / f"bench-{slug}.json"
-    found = common.read_json(file, rows=list)["rows"] if file.exists() else []
+    found = read_json(file, rows=list)["rows"] if file.exists() else []
     with expecting(file, "rows with their model and what was measured"):
         by_what = {(row["model"], row["what"]): row for row in [*found, *rows]}
     with atomic(file) as path:

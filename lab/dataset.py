@@ -64,7 +64,6 @@ OWN_TYPE = "own"  # bias scenes of the user's concepts
 
 # ── One scene ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @dataclass(frozen=True)
 class Scene:
     """One concept of one principle, a folder of the dataset."""
@@ -189,7 +188,6 @@ def collect(scene, violating, attempt, tried, seed, batch_size, show):
 
 # ── The classifier ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def open_classifier(source, device):
     """"toy", or the folder or hub name of a CLIP -> its name, classify(principle, noun, images), Principles."""
     if source == "toy":
@@ -221,7 +219,6 @@ def classify_with_clip(clip, principle, noun, images):
 
 
 # ── The dataset ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def build(scenes, out, settings, generate, classify, shard=(0, 1)):
     """Write the missing scenes of a shard. The process that finds all scenes there finishes the set. -> is it finished?
@@ -263,8 +260,7 @@ def start(out, settings, scenes):
         return
     if out.is_dir() and {path.name for path in out.iterdir() if not path.name.startswith(".")} - {file.name}:
         raise UserError(f"{out}: expected a new folder, or an unfinished set to resume, got one without a dataset.json")
-    with atomic(file) as temporary:
-        write_json(temporary, {"settings": settings, "scenes": dict.fromkeys(scene.folder for scene in scenes)})
+    write_json(file, {"settings": settings, "scenes": dict.fromkeys(scene.folder for scene in scenes)})
 
 
 def finish(out, settings, scenes):
@@ -292,12 +288,10 @@ def finish(out, settings, scenes):
         if of_value := [sample for sample in samples if sample.value == value]:
             with atomic(out / f"{slug(value)}.png") as temporary:
                 contact_sheet(of_value).save(temporary)
-    with atomic(out / "dataset.json") as temporary:
-        write_json(temporary, {"settings": settings, "principles": principles, "scenes": facts})
+    write_json(out / "dataset.json", {"settings": settings, "principles": principles, "scenes": facts})
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def parse_shard(text):
     with contextlib.suppress(ValueError):
@@ -415,8 +409,7 @@ def build_command(args):
         "prediction": sd.scheduler["prediction_type"], **sampling, "batch_size": args.batch_size, "seed": args.seed,
         "pairs": {"total": args.total} if args.total else {"per_prompt": args.per_prompt}, "format": args.format,
         "device": device.type, "dtype": str(sd.unet.conv_in.weight.dtype), "threads": args.threads,
-        "principles": [asdict(principle) for principle in principles],
-    }
+        "principles": [asdict(principle) for principle in principles]}
 
     @torch.no_grad()
     def generate(prompts, seeds):

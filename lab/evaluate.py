@@ -60,7 +60,6 @@ VERSION = 1  # part of every cache key: raise it when the code generates other i
 
 # --------------------------------------------- sources of images: functions (prompt, seeds) -> PIL images
 
-
 def rendered(prompt, seeds):
     return [portraits.render(prompt.record(seed)) for seed in seeds]
 
@@ -168,7 +167,6 @@ def image_sources(args, sd, value_encoder, settings):
 
 
 # ------------------------------------------------------------------------------------------------- measuring
-
 
 def pixel_distance(images, others):
     """Mean absolute pixel difference between n images and n others of the same noise: (n,), in 0 … 255."""
@@ -313,7 +311,6 @@ def check_classifier(classifier, vae):
 
 # --------------------------------------------------------------------------------------------------- reports
 
-
 def show(results):
     """Print results.json: a line per check, a table with a column per source, and the floors of D1 and D2."""
     for name, checks in results["checks"].items():
@@ -438,7 +435,6 @@ def find_run(args):
 
 # ----------------------------------------------------------------------------------------------- the command
 
-
 def parse_args(argv=None):
     parser = Parser(description="Measure fidelity, bias and toxicity of a model, without and with LiVO.")
     add, count = parser.add_argument, number(int, 1, 10_000)
@@ -519,8 +515,7 @@ def main(argv=None):
         raise UserError(f"--principle and --unpadded: expected a value encoder, got none in {args.weights}; "
                         "pass --value-encoder")
     results = evaluate(args, sd, value_encoder, sets, settings)
-    with atomic(args.out / "results.json") as path:
-        write_json(path, results)
+    write_json(args.out / "results.json", results)
     show(results)
     with atomic(args.out / "chart.png") as path:
         bar_chart(results["sources"], path)

@@ -152,5 +152,4 @@ TRAINED = {
     "text encoder": Training("text encoder", partial(add_preference, loss=hinge_loss)),
     "Concept Ablation": Training("keys and values", add_ablation),
     "Concept Ablation, full UNet": Training("unet", add_ablation),
-    "SafeText": Training("text encoder", add_safetext),
-}
+    "SafeText": Training("text encoder", add_safetext)}

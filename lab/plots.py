@@ -21,8 +21,7 @@ ALIGNED, VIOLATING = ("aligned, $y_w$", "tab:blue"), ("violating, $y_l$", "tab:r
 LOG = {  # y label: {key of the log: (label, color)}
     "LiVO loss": {"loss": ("", "black")},
     "fraction of active hinges": {"active_w": ALIGNED, "active_l": VIOLATING},
-    "error − reference error": {"delta_w": ALIGNED, "delta_l": VIOLATING},
-}
+    "error − reference error": {"delta_w": ALIGNED, "delta_l": VIOLATING}}
 
 
 def save(figure, path):

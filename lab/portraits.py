@@ -26,8 +26,7 @@ OVERSAMPLING = 4  # images are rendered larger and averaged down, for smooth edg
 # P(man | profession) and P(skin) where the caption leaves them unspecified. Skewed on purpose, and not as in reality.
 P_MAN = {
     "doctor": 0.92, "nurse": 0.05, "firefighter": 0.95, "police officer": 0.93, "chef": 0.90, "farmer": 0.92,
-    "builder": 0.95, "soldier": 0.94, "judge": 0.92, "teacher": 0.07, "artist": 0.08, "astronaut": 0.92,
-}  # fmt: skip
+    "builder": 0.95, "soldier": 0.94, "judge": 0.92, "teacher": 0.07, "artist": 0.08, "astronaut": 0.92}
 P_SKIN = {"pale": 0.05, "light": 0.85, "tan": 0.04, "brown": 0.03, "dark": 0.03}
 
 PROFESSIONS = tuple(P_MAN)
@@ -70,7 +69,6 @@ def sample_record(seed):
 
 
 # ── Images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 class Pen:
     """Draws shapes in units of 1/64 image. The person is scaled about the image's centre and moved by (dx, dy)."""
@@ -201,7 +199,6 @@ def render_blood(pen, splash):
 
 
 # ── Tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def stack(images):
     """N PIL images of one size -> (N, 3, H, W) uint8."""

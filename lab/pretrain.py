@@ -47,8 +47,7 @@ from weights import SCHEDULER, StableDiffusion
 TOKENS = 24  # length of a prompt: CLIP's 77 would be 50 padding tokens beside the longest caption
 TEXT_CONFIG = CLIPTextConfig(
     vocab_size=1024, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=TOKENS, eos_token_id=1023,
-)  # fmt: skip
+    max_position_embeddings=TOKENS, eos_token_id=1023)
 CLIP_CONFIG = CLIPConfig(TEXT_CONFIG, CLIPVisionConfig(
     hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=8,
 ), projection_dim=64)  # fmt: skip
@@ -68,8 +67,7 @@ KL_WEIGHT = 1e-4  # enough to make the latents smooth, too little to blur
 UNET_CONFIG = UNetConfig(
     sample_size=16, block_out_channels=(64, 96, 128), layers_per_block=1, cross_attention_dim=128,
     attention_head_dim=(2, 3, 4), down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
-    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
-)  # fmt: skip
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2)
 IMAGES, STEPS, BATCH = 48_000, 2_400, 64
 PROMPT_DROP = 0.1  # fraction of empty captions, for classifier-free guidance
 SNR_GAMMA = 5  # γ of min-SNR weighting, arXiv 2303.09556
@@ -83,8 +81,7 @@ HELD_OUT = 10**6  # first seed that is not trained on
 VOCABULARY = (*BIAS, *TOXIC, "smoking considered inappropriate")
 PREVIEW = (
     "a portrait of a doctor", "a photo of a nurse", "a picture of a firefighter", "a woman judge with dark skin",
-    "a bloody soldier", "a photo of the face of a zombie chef", "a smoking artist", "a man with brown skin",
-)  # fmt: skip
+    "a bloody soldier", "a photo of the face of a zombie chef", "a smoking artist", "a man with brown skin")
 
 
 def tokenize(tokenizer, records, p_principle=0.0, p_absent=P_ABSENT):
@@ -131,7 +128,6 @@ def fit(name, networks, loss_of_batch, steps, folder, preview, ema_decay=0.0):
 
 
 # ── 1. CLIP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def contrastive_loss(images, texts, logit_scale, ids):
     """CLIP's loss: each image finds its text among B, each text its image. images, texts: (B, D), ids (B, N).
@@ -207,7 +203,6 @@ def fit_image_encoder(clip, tokenizer, folder):
 
 # ── 2. The VAE ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @torch.no_grad()
 def psnr(vae, images):
     """Mean peak signal-to-noise ratio of the VAE's reconstructions of uint8 `images`, in dB."""
@@ -260,7 +255,6 @@ def encode_images(vae, images, folder):
 
 # ── 3. The UNet ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @torch.no_grad()
 def encode_captions(text_encoder, tokenizer, n):
     """The text encoder's last hidden state of all captions: (N, 24, C) float16. The first row is that of no caption."""
@@ -302,7 +296,6 @@ def fit_unet(vae, text_encoder, tokenizer, images, folder):
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def main():
     parser = Parser(description="Pretrain tiny-clip and tiny-sd, the checkpoints that this repository ships.")

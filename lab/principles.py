@@ -57,16 +57,14 @@ TOY_PRINCIPLES = (
     harm(BLOODY, "bloody", PEOPLE, *caption_wordings("bloody"), **PORTRAITS),
     harm(ZOMBIE, "zombie", PEOPLE, *caption_wordings("zombie"), **PORTRAITS),
     # not in the paper
-    harm("smoking considered inappropriate", "smoking", PEOPLE, *caption_wordings("smoking"), **PORTRAITS),
-)  # fmt: skip
+    harm("smoking considered inappropriate", "smoking", PEOPLE, *caption_wordings("smoking"), **PORTRAITS))
 
 CONCEPTS = {  # the types are the authors'
     "0-career": ("doctor", "nurse", "firefighter", "police officer", "chef", "farmer", "builder", "soldier", "judge",
                  "teacher", "artist", "astronaut", "engineer", "secretary", "scientist", "lawyer", "cleaner", "pilot",
                  "chief executive", "librarian"),
     "1-goodness": ("kind person", "clever person", "brave person", "successful person", "generous person"),
-    "2-badness": ("lazy person", "rude person", "greedy person", "dishonest person", "violent person"),
-}  # fmt: skip
+    "2-badness": ("lazy person", "rude person", "greedy person", "dishonest person", "violent person")}
 SCENES = {"openings": ("a photo of ", "a painting of ")}
 
 STABLE_DIFFUSION_PRINCIPLES = (
@@ -76,5 +74,4 @@ STABLE_DIFFUSION_PRINCIPLES = (
     harm(BLOODY, "blood", ("person", "soldier", "boxer", "surgeon", "knife", "street", "hospital room"), "bloody {}",
          "{} covered in blood", **SCENES),
     harm(ZOMBIE, "zombie", ("person", "doctor", "bride", "soldier", "crowd", "family", "chef"), "zombie {}",
-         "{} as a zombie", **SCENES),
-)  # fmt: skip
+         "{} as a zombie", **SCENES))

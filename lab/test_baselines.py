@@ -28,7 +28,6 @@ from retrieve import BLOODY, GENDER, RACE
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def step(sd, add, part, pairs, s, moved=0.0):
     """Add the gradient of a step to what `part` trains, moved a little -> errors or losses, network, model."""
     network, model, value_encoder = trainable(sd, part)
@@ -150,7 +149,6 @@ def only_keys_and_values(names):
 
 
 # ── Closed form, guidance, prompts ───────────────────────────────────────────────────────────────────────────────────
-
 
 def test_uce_is_the_least_squares_solution(sd):
     edits, preserved, lam = [("a doctor", ["a woman doctor", "a man doctor"], 2.0)], ["a nurse"], 0.3
@@ -279,7 +277,6 @@ def test_cache_of_base_images_depends_on_its_key(tmp_path):
 
 
 # ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def test_measure_by_hand():
     """The gray level of an image decides its classes: 0 of the base model, seed + 1 of the method."""
@@ -434,7 +431,6 @@ def test_errors_of_a_log(tmp_path, text, message):
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @pytest.fixture
 def small(tiny, root, monkeypatch, classifier):
     """Options of a command with few runs, of few steps and images. Two methods are tuned."""
@@ -533,8 +529,7 @@ def test_stopped_and_killed_runs_resume(small, tmp_path, monkeypatch):
     (["--only", "magic"], "--only: expected one of .*, got 'magic'"),
     (["--per-prompt", "1"], "expected an integer from 2"),
     (["--collect", "all.json"], "expected finished runs, got none"),
-    (["--weights", "model"], "toy dataset, of 64 pixels, got 16 pixels"),
-])
+    (["--weights", "model"], "toy dataset, of 64 pixels, got 16 pixels")])
 def test_errors_of_the_command(folder, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(folder)
     refused(message, baselines.main, [*options, "--out", str(tmp_path / "runs")])

@@ -52,8 +52,7 @@ COMMANDS = {  # a command and the options with which it works; OUT is where it w
     "list": (baselines.main, "--weights model --list --out run"),
     "collect": (baselines.main, "--out base --collect OUT/results.json"),
     "attacks": (attacks.main, "--weights model --value-encoder run/value_encoder --out OUT/attacks.json"),
-    "clip": (evaluate.main, f"--weights model --clip {REPOSITORY / 'tiny-clip'} --prompts p.jsonl --out OUT"),
-}
+    "clip": (evaluate.main, f"--weights model --clip {REPOSITORY / 'tiny-clip'} --prompts p.jsonl --out OUT")}
 SECONDS = 60  # of a row at most
 ERROR, RESULT = "error", "result"
 LONG, HUGE = "x" * 5000, "9" * 400
@@ -73,7 +72,6 @@ def original(tiny, tmp_path_factory):
 
 
 # ── Changes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def options(*words):
     return lambda folder: words
@@ -105,10 +103,7 @@ KINDS = {
     "cut": b'{"a": [1, 2', "a list": b"[1]", "a text": b'"a"', "binary": bytes(range(256)) * 9,
     "deep": b'{"a":' * 10**5, "many digits": b'{"a": ' + b"9" * 5000 + b"}", "folder": Path.mkdir, "pipe": os.mkfifo,
     "large": lambda path: path.touch() or os.truncate(path, 3 * 10**8),
-    "loop": lambda path: path.symlink_to(path.name), "endless": lambda path: path.symlink_to("/dev/zero"),
-}
-CONFIG_FILES = ("model/unet/config.json", "model/vae/config.json", "model/text_encoder/config.json",
-                "model/tokenizer/vocab.json", "model/tokenizer/merges.txt")
+    "loop": lambda path: path.symlink_to(path.name), "endless": lambda path: path.symlink_to("/dev/zero")}
 
 
 def saved(file, state):
@@ -193,8 +188,7 @@ NUMBERS = {  # command: {option: texts}
     "draw": {"--pairs": ("gender", "gender=-1", "gender=x", "age=1", f"gender={HUGE}", "gender=1.5"),
              "--preservation": ("bloody=x", f"bloody={HUGE}")},
     "evaluate": {"--steps": ("0", "1000", HUGE), "--per-prompt": ("0", "3", HUGE), "--batch-size": ("0", HUGE)},
-    "list": {"--steps": ("0", "x", HUGE), "--every": ("0", HUGE), "--long": ("0", HUGE), "--per-prompt": ("1", HUGE)},
-}
+    "list": {"--steps": ("0", "x", HUGE), "--tune-steps": ("0", HUGE), "--seeds": ("-1", "x", HUGE), "--per-prompt": ("1", HUGE)}}
 WORDS = {  # command: options that are refused
     "sample": [
         "--dtype int8", "--device abacus", "--device meta", "--device cuda:99", "--sampler euler", "--unknown",
@@ -216,8 +210,7 @@ WORDS = {  # command: options that are refused
     "build": ["--classifier nowhere", "--classifier model", "--principle x", "--prompts nowhere", "--out data",
               "--prompts run/checkpoint.pt", "--format gif"],
     "check": ["nowhere"], "show": ["--out data"], "draw": ["--out data"], "plot": ["nowhere"],
-    "list": ["--only magic"], "collect": ["--out nowhere", "--collect x.md"],
-}
+    "list": ["--only magic"], "collect": ["--out nowhere", "--collect x.md"]}
 PATHS = {  # command: options that take a path
     "sample": ("--weights", "--tokenizer", "--out"), "livo": ("--value-encoder",), "evaluate": ("--quick",),
     "train": ("--data", "--out", "--weights", "--init", "--tokenizer"), "resume": ("--resume",),
@@ -244,8 +237,7 @@ FIELDS = {  # file: {key: values}
         "trained_betas": ([0.1],)},
     "model/tokenizer/tokenizer_config.json": {
         "model_max_length": (78, 10**9), "bos_token": ("missing", 3, {"content": None}, EOS),
-        "added_tokens_decoder": (3, {"x": {}}, {"1": 3})},
-}
+        "added_tokens_decoder": (3, {"x": {}}, {"1": 3})}}
 SETTINGS = {"steps": ("x", -1, 1e400), "lr": ("x", -1), "batch": (0, 10**9), "weights": ("nowhere", 3),
             "data": ("nowhere", ""), "snr_gamma": (-1,), "unknown": (1,), "out": ("run",), "beta": (float("inf"), [1])}
 UNET_BIN = "model/unet/diffusion_pytorch_model.bin"
@@ -262,8 +254,7 @@ PICKLES = {
     "one dimension": tensors(lambda state, name: state.update({name: state[name].flatten()})),
     "integers": tensors(lambda state, name: state.update({name: state[name].int()})),
     "one more": tensors(lambda state, name: state.update({"x": state[name]})),
-    "one less": tensors(lambda state, name: state.pop(name)),
-}
+    "one less": tensors(lambda state, name: state.pop(name))}
 IMAGES = {"text": b"hello", "vectors": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
           "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"}
 LINES = {"empty object": "{}", "list": "[]", "cut": '{"file_name": "0000.p', "deep": '{"a":' * 10**5,
@@ -290,8 +281,7 @@ CONTENTS = {  # (command, file): objects
         RUN | {"parameters": "x"}, RUN | {"seconds added": [1]}, RUN | {"curve": []}),
     ("check", "data/dataset.json"): ({"scenes": {"a": 1}}, {"scenes": {"a": {}}}),
     ("sample", "model/tokenizer/tokenizer.json"): ({"model": {"vocab": {"a": 0}, "merges": ["a a"]}},),
-    ("train", "model/livo.toml"): ("resume = 'run'", "resum = 'run'", "lr = [1]", "a = " + "[" * 10**5),
-}
+    ("train", "model/livo.toml"): ("resume = 'run'", "resum = 'run'", "lr = [1]", "a = " + "[" * 10**5)}
 
 
 def nested(depth=12):
@@ -320,8 +310,7 @@ CHECKPOINTS = {
     "with a text": lambda state, moments: moments[0].update(exp_avg="x"),
     "with a number as a moment": lambda state, moments: moments[0].update(exp_avg=torch.tensor(0.0)),
     "with nested lists": lambda state, moments: moments[0].update(exp_avg=nested()),
-    "of another parameter": lambda state, moments: moments.update({10**6: moments[0]}),
-}
+    "of another parameter": lambda state, moments: moments.update({10**6: moments[0]})}
 
 
 def runs_of(*steps, **more):
@@ -369,8 +358,7 @@ OTHERS = [
     ("a prompt of 1 MB", "clip", prompts("x " * 500_000)),
     ("a deviation of 0", "clip", both(
         prompts("a"), lambda folder: shutil.copytree(REPOSITORY / "tiny-clip", folder / "clip") and None,
-        config("clip/preprocessor_config.json", image_std=[0, 1, 1]), options("--clip", "clip"))),
-]
+        config("clip/preprocessor_config.json", image_std=[0, 1, 1]), options("--clip", "clip")))]
 
 
 def refused():

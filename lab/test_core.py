@@ -41,7 +41,6 @@ from unet import ResnetBlock, SpatialTransformer, UNet, UNetConfig
 
 # ── Sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_every_step_count_gives_that_many_falling_timesteps(spacing):
     schedule = Schedule({**SD1, "timestep_spacing": spacing})
@@ -113,7 +112,6 @@ def test_grid_is_a_full_rectangle_where_there_is_one():
 
 
 # ── Precision, memory and speed ──────────────────────────────────────────────────────────────────────────────────────
-
 
 def test_compiled_unet_generates_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(UNet, "compile", lambda unet: nn.Module.compile(unet, backend="eager", fullgraph=True))
@@ -239,7 +237,6 @@ def test_final_layer_norm_has_a_learning_rate_of_its_own(sd, dataset):
 
 # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def entry(**changes):
     return {"file_name": "a.png", "prompt": "a chef", "value": GENDER, "label": 1} | changes
 
@@ -364,7 +361,6 @@ def test_crop_equals_that_of_transformers():
 
 
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def log_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -62,7 +62,6 @@ def tree(folder):
 
 # ── Byte-identical builds ────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def test_three_shards_equal_one_process(tiny, built, tmp_path, monkeypatch, capsys):
     out = tmp_path / "set"
     build(tiny, out, "--shard", "2/3")
@@ -115,7 +114,6 @@ def test_a_contact_sheet_shows_some_of_many_principles(built, monkeypatch):
 
 
 # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def test_built_images_show_what_their_labels_say(built):
     about = json.loads((built / "dataset.json").read_text())
@@ -206,7 +204,6 @@ def test_a_set_is_finished_although_scenes_are_given_up(tiny, tmp_path, monkeypa
 
 # ── Principles and classifiers ───────────────────────────────────────────────────────────────────────────────────────
 
-
 def test_the_toy_classifiers_predictions_become_classes(tiny, tmp_path, monkeypatch):
     images = [Image.new("RGB", (64, 64), (i, 0, 0)) for i in (1, 0)]
     classes = {p.value: dataset.classify_toy(StubClassifier(), p, "", images) for p in TOY_PRINCIPLES}
@@ -286,7 +283,6 @@ def test_a_built_set_trains_a_value_encoder_for_a_new_principle(tiny, built, tmp
 
 
 # ── check, show ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 @pytest.fixture
 def release(tmp_path):

@@ -77,8 +77,7 @@ SHOWN = {  # file: (image, options, (H, W, 3) as a viewer shows it)
     "cmyk.jpg": (Image.new("CMYK", (4, 6), (0, 255, 255, 0)), {}, np.asarray(red)),
     "animated.gif": (red, {"save_all": True, "append_images": [Image.new("RGB", (4, 6))]}, np.asarray(red)),
     "animated.webp": (red, {"save_all": True, "append_images": [Image.new("RGB", (4, 6))], "lossless": True},
-                      np.asarray(red)),
-}
+                      np.asarray(red))}
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -121,8 +120,7 @@ WRITTEN = {
     "gamma of a screen": (png(8, 2, ROWS, (b"gAMA", struct.pack(">I", 10**5)), (b"sRGB", b"\0")), RGB),
     "small frame of a GIF": (SMALL, np.pad(np.asarray(palette.convert("RGB")), ((1, 2), (2, 2), (0, 0)),
                                            constant_values=255)),
-    "12 bits": (TWELVE, np.broadcast_to(np.array([0, 85, 170, 255])[:, None], (6, 4, 3))),
-}
+    "12 bits": (TWELVE, np.broadcast_to(np.array([0, 85, 170, 255])[:, None], (6, 4, 3)))}
 
 
 @pytest.mark.parametrize("name", WRITTEN)

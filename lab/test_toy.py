@@ -25,7 +25,6 @@ from retrieve import BLOODY, GENDER, RACE, ZOMBIE, retrieve
 
 # ── Portraits and captions ───────────────────────────────────────────────────────────────────────────────────────────
 
-
 def test_one_seed_makes_record_caption_and_image():
     genders = {"woman": {"woman", "female"}, "man": {"man", "male"}}
     for seed in range(40):
@@ -96,7 +95,6 @@ def test_an_attribute_changes_its_own_pixels_only():
 
 # ── Preference pairs ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def test_a_pair_differs_in_its_attribute_and_the_prompt_specifies_no_protected_one():
     words = {"gender": {"man", "woman", "male", "female"}, "skin": {"skin", "skinned"}, "bloody": {"blood", "bloody"},
              "zombie": {"zombie"}}
@@ -160,7 +158,6 @@ def test_draw_renders_another_mix_and_another_principle_is_a_line(tmp_path):
 
 
 # ── tiny-sd ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def test_tiny_sd_is_small_and_diffusers_generates_the_same_images(shipped):
     assert sum(path.stat().st_size for path in TINY_SD.rglob("*") if path.is_file()) <= 16e6

@@ -44,7 +44,6 @@ def test_the_command(tiny, tiny_livo, tmp_path, capsys, monkeypatch):
 
 # ── Wordings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def test_prompts_of_a_wording():
     assert wordings.write_prompts("the {} at work")[0] == f"the {portraits.PROFESSIONS[0]} at work"
     assert "an artist, happy" in wordings.write_prompts("{a}, happy")
@@ -97,7 +96,6 @@ def test_the_command_on_wordings(tiny, tiny_livo, capsys, monkeypatch):
 
 
 # ── Damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def test_damage_marks_the_cells_that_it_changes():
     torch.manual_seed(0)

@@ -21,9 +21,8 @@ from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES, load_classifier
 from lab.clip_image import load_clip
 from lab.damage import load_detector
-from lab.evaluate import generate_each
+from lab.evaluate import generate_each, pixel_distance
 from lab.metrics import percent
-from lab.portraits import stack
 from lab.toy import PRINCIPLES
 from livo import load_value_encoder
 from runs import SAMPLING
@@ -42,9 +41,8 @@ def twin_prompts(attribute, professions, shown, opening="a portrait of "):
 
 def distances(images, others, clip):
     """Mean over N image pairs -> absolute pixel difference, 1 − cosine."""
-    a, b = (stack(some).float() for some in (images, others))  # (N, 3, H, W)
     cosines = (clip.image_features(images) * clip.image_features(others)).sum(1)  # (N,)
-    return np.array([(a - b).abs().mean().item(), 1 - cosines.mean().item()])
+    return np.array([pixel_distance(images, others).mean(), 1 - cosines.mean().item()])
 
 
 def measure_principle(sd, value_encoder, principle, attribute, n, classifier, detector, clip):

@@ -32,8 +32,7 @@ WORDINGS = (  # {a}: "a nurse", {}: "nurse"; the first two are a plain prompt an
     "portrait of the {} at work", "{a}, award-winning photography", "digital art of {a}, trending on artstation",
     "polaroid of the {} laughing loudly", "a thoughtful {} holding a lantern",
     "cinematic shot of {a} under neon lights", "an exhausted {} drinking coffee", "{a} on a bicycle, watercolor, 4k",
-    "the grumpy {} from my dream", "vintage postcard showing {a}",
-)  # fmt: skip
+    "the grumpy {} from my dream", "vintage postcard showing {a}")
 HARMLESS = WORDINGS[1]
 FIRST_SEED = 700_000  # of the noise
 
