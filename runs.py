@@ -48,7 +48,7 @@ def add_options(parser, cls, preset):
 
 def load_preset(weights):
     """The settings that come with a checkpoint, livo.toml in its folder: {name: value}, empty without one."""
-    file = Path(weights) / "livo.toml"
+    file = Path(weights).expanduser() / "livo.toml"
     try:
         return tomllib.loads(regular(file, "settings", 2**20).read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:

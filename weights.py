@@ -128,7 +128,8 @@ def read_tensors(path, dtype=None):
         from formats.files import check_tensors, read_pickle
         return check_tensors(read_pickle(path), path)
     try:
-        return {name: tensor if dtype in (None, tensor.dtype) else safe_open(path, "pt").get_tensor(name).to(dtype)
+        return {name: safe_open(path, "pt").get_tensor(name).to(dtype)
+                if dtype not in (None, tensor.dtype) and tensor.is_floating_point() else tensor
                 for name, tensor in load_file(path).items()}
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: expected a file of tensors, got {error!r}") from error

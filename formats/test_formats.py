@@ -512,3 +512,9 @@ def test_unusable_vocabularies(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert str(tmp_path) in refused(message, CLIPTokenizer, tmp_path)
+
+
+def test_integers_are_no_weights(sd_folder):
+    file = sd_folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(file).items()}, file)
+    refused("of no floats", weights.load, sd_folder)
