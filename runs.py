@@ -48,7 +48,7 @@ def add_options(parser, cls, preset):
 
 def load_preset(weights):
     """The settings that come with a checkpoint, livo.toml in its folder: {name: value}, empty without one."""
-    file = Path(weights).expanduser() / "livo.toml"
+    file = Path(os.path.expanduser(weights)) / "livo.toml"  # as weights.local: it never raises
     try:
         return tomllib.loads(regular(file, "settings", 2**20).read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:

@@ -188,7 +188,8 @@ NUMBERS = {  # command: {option: texts}
     "draw": {"--pairs": ("gender", "gender=-1", "gender=x", "age=1", f"gender={HUGE}", "gender=1.5"),
              "--preservation": ("bloody=x", f"bloody={HUGE}")},
     "evaluate": {"--steps": ("0", "1000", HUGE), "--per-prompt": ("0", "3", HUGE), "--batch-size": ("0", HUGE)},
-    "list": {"--steps": ("0", "x", HUGE), "--tune-steps": ("0", HUGE), "--seeds": ("-1", "x", HUGE), "--per-prompt": ("1", HUGE)}}
+    "list": {"--steps": ("0", "x", HUGE), "--tune-steps": ("0", HUGE), "--seeds": ("-1", "x", HUGE),
+             "--per-prompt": ("1", HUGE)}}
 WORDS = {  # command: options that are refused
     "sample": [
         "--dtype int8", "--device abacus", "--device meta", "--device cuda:99", "--sampler euler", "--unknown",
