@@ -122,7 +122,7 @@ def read_sub_model(folder, network, dtype):
 def read_tensors(path, dtype=None):
     """A .safetensors file or a pickle -> {name: memory-mapped tensor}. Nothing in the file is executed.
 
-    dtype: of the network, if known. Other floats are converted here, each through its own mapping, which frees its pages.
+    dtype: of the network, if known. Other floats are converted here, each in its own mapping, which frees its pages.
     """
     if Path(regular(path, "a file of tensors", float("inf"))).suffix != ".safetensors":
         from formats.files import check_tensors, read_pickle
