@@ -36,7 +36,7 @@ def fingerprint(sd, samples, root):
 
 
 def to_bytes(tensor):
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
+    return tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
 
 
 def load_latents(sd, samples, folder):
