@@ -32,9 +32,9 @@ class Schedule:
         self.config = config
 
     def min_snr_weight(self, t, gamma):
-        """The weight of the error at timesteps t, min(SNR, γ) / SNR with SNR = ᾱ / (1 − ᾱ), arXiv 2303.09556.
+        """Weights (B,) of the errors at t (B,), on the CPU: min(SNR, γ) / SNR, SNR = ᾱ / (1 − ᾱ), arXiv 2303.09556.
 
-        1 where gamma is 0. For v-prediction it is divided by SNR + 1 in place of SNR.
+        All are 1 if gamma is 0. For v-prediction it is divided by SNR + 1 in place of SNR.
         """
         abar = self.alphas_cumprod[t]
         snr = abar / (1 - abar)
@@ -85,7 +85,7 @@ def x0_and_eps(output, x, abar, prediction_type):
 
 
 def ddim_step(x0, eps, abar, abar_prev, eta=0.0, noise=None):
-    """From ᾱ to the cleaner ᾱ_prev: DDIM, arXiv 2010.02502, eq. 12, with σ of eq. 16.
+    """From ᾱ to ᾱ_prev, that of the cleaner timestep: DDIM, arXiv 2010.02502, eq. 12, with σ of eq. 16.
 
     eta: 0 is deterministic, 1 is DDPM. Above 0 it needs noise ~ N(0, 1) of the latents' shape.
     """
@@ -94,17 +94,17 @@ def ddim_step(x0, eps, abar, abar_prev, eta=0.0, noise=None):
     return x + sigma * noise if eta else x
 
 
-def dpm_step(x0, x, abar, abar_prev, previous=None):
-    """From ᾱ to the cleaner ᾱ_prev: DPM-Solver++(2M), arXiv 2211.01095, algorithm 2.
+def dpm_step(x0, x, abar, abar_prev, before=None):
+    """From ᾱ to ᾱ_prev, as in `ddim_step`: DPM-Solver++(2M), arXiv 2211.01095, algorithm 2.
 
-    previous: (x0, ᾱ) of the previous step, None at the first. With λ = log(√ᾱ / √(1−ᾱ)), linearly extrapolate x0 to
+    before: (x0, ᾱ) of the step before, None at the first. With λ = log(√ᾱ / √(1−ᾱ)), linearly extrapolate x0 to
     the midpoint in λ (second-order multistep). Given that x0, the update is deterministic DDIM. The last step, to
     ᾱ_prev = 1, is infinitely long in λ and keeps x0.
     """
-    if previous is not None and abar_prev < 1:
-        previous_x0, previous_abar = previous
+    if before is not None and abar_prev < 1:
+        x0_before, abar_before = before
         half_step = (abar_prev.logit() - abar.logit()) / 2  # logit(ᾱ) = 2λ: the factor cancels
-        x0 = x0 + half_step / (abar.logit() - previous_abar.logit()) * (x0 - previous_x0)
+        x0 = x0 + half_step / (abar.logit() - abar_before.logit()) * (x0 - x0_before)
     eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
     return ddim_step(x0, eps, abar, abar_prev)
 
@@ -129,7 +129,7 @@ def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.
     model = with_context(unet, context, latents) if deep_every == 1 else with_cached_depth(unet, context, deep_every)
     trajectory = schedule.trajectory(steps, sampler)
     time_embs = unet.embed(torch.tensor([t for t, _, _ in trajectory], device=latents.device))  # (steps, 4C)
-    x, previous = latents, None
+    x, before = latents, None
     for time_emb, (_, abar, abar_prev) in zip(time_embs.split(1), trajectory):
         x_in = torch.cat([x, x]) if guided else x
         output = model(x_in.to(dtype), time_emb).float()
@@ -138,7 +138,7 @@ def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.
             output = out_uncond + guidance * (out_cond - out_uncond)
         x0, eps = x0_and_eps(output, x, abar, schedule.prediction_type)
         if sampler == "dpm":
-            x, previous = dpm_step(x0, x, abar, abar_prev, previous), (x0, abar)
+            x, before = dpm_step(x0, x, abar, abar_prev, before), (x0, abar)
         else:
             noise = sample_noise(generators, x.shape[1:], x.device) if eta else None
             x = ddim_step(x0, eps, abar, abar_prev, eta, noise)

@@ -78,7 +78,8 @@ class FrozenConvolution(torch.autograd.Function):
 def with_context(unet, context, latents):
     """The UNet with a fixed context, (x, time_emb) -> output. On a GPU it is a CUDA graph: one launch, not a thousand.
 
-    context: (B, L, D). latents: (b, 4, h, w), for their size and device; x will have B rows.
+    context: (B, L, D), to be kept while the graph is used, which reads its memory. latents: (b, 4, h, w), for their size
+    and device; x will have B rows.
     """
 
     def model(x, time_emb):
@@ -114,7 +115,7 @@ def with_cached_depth(unet, context, every):
                 h = block(h, time_emb, context, skips)
             up = h
         calls += 1
-        return unet.conv_out(F.silu(unet.conv_norm_out(last(up, time_emb, context, skips[:shallow]))))
+        return unet.conv_out(norm_silu(unet.conv_norm_out, last(up, time_emb, context, skips[:shallow])))
 
     return model
 

@@ -158,14 +158,14 @@ class Log:
     def __init__(self, folder, steps, tensorboard=False):
         path = folder / "log.jsonl"
         try:
-            text = regular(path, "a log").read_text(encoding="utf-8") if os.path.lexists(path) else ""
+            text = regular(path, "a log").read_text(encoding="utf-8") if steps or os.path.lexists(path) else ""
             lines = text.splitlines()[:steps]
             self.lines = [json.loads(line) for line in lines]
             numbers = [line["step"] for line in self.lines if {type(line[key]) for key in HINGES} == {float}]
-            if os.path.lexists(path) and (len(lines) < steps or numbers != [*range(steps)]):  # steps may be 10^12
-                raise ValueError(f"{len(lines)} lines, or others")
+            if len(lines) < steps or numbers != [*range(steps)]:  # steps may be 10^12
+                raise ValueError(f"{len(numbers)} of them")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: expected a JSON object for each of the {steps} steps, got {error}") from error
+            raise UserError(f"{path}: expected a step of the log for each of the checkpoint's {steps}, got {error}") from error
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # line by line

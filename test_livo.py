@@ -253,11 +253,11 @@ def model(x, t):
 
 
 def run_ours(config, steps, x, sampler, eta=0.0, generators=None):
-    schedule, previous = Schedule(config), None
+    schedule, before = Schedule(config), None
     for t, abar, abar_prev in schedule.trajectory(steps, sampler):
         x0, eps = x0_and_eps(model(x, t), x, abar, schedule.prediction_type)
         if sampler == "dpm":
-            x, previous = dpm_step(x0, x, abar, abar_prev, previous), (x0, abar)
+            x, before = dpm_step(x0, x, abar, abar_prev, before), (x0, abar)
         else:
             x = ddim_step(x0, eps, abar, abar_prev, eta, sample_noise(generators, x.shape[1:]) if eta else None)
     return x

@@ -1,12 +1,14 @@
 """The Stable Diffusion UNet: predicts the noise eps (or v) in a noisy latent, given the timestep and the context.
 
     x_t (B, 4, 64, 64) ── conv_in ── down ── down ── down ── down ──┐
-                              │skips  │       │       │       │    mid
+                                      │       │       │       │    mid
     eps (B, 4, 64, 64) ── conv_out ── up ──── up ──── up ──── up ───┘
-    channels:                320     320     640    1280    1280
+    channels:                        320     640    1280    1280
 
-A level is a row of residual blocks, which read the timestep. At the higher resolutions a transformer follows each of
-them and cross-attends to the context: the prompt embeddings and, in LiVO, the value tokens in front of them.
+A level (down and up) is a row of residual blocks, which read the timestep. In all but the lowest a transformer follows
+each of them, in the mid block the first of two. It cross-attends to the context: the prompt embeddings and, in LiVO,
+the value tokens in front of them. Skip connections (│): each residual block of the way up also reads one feature map
+of the way down, the last one that of conv_in.
 SD 1.x and 2.x (arXiv 2112.10752) are two configurations of this one class. Attributes have the names of the published
 (diffusers) checkpoints, so that weights load without renaming.
 """
@@ -186,7 +188,7 @@ class Block(nn.Module):
 
 class DownBlock(Block):
     def forward(self, x, time_emb, context):
-        """(B, C_in, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉), and every intermediate feature map as a skip connection."""
+        """(B, C_in, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉), at the lowest level (B, C, H, W), and each feature map on the way."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time_emb, context)
@@ -213,7 +215,7 @@ class MidBlock(nn.Module):
 
 class UpBlock(Block):
     def forward(self, x, time_emb, context, skips):
-        """(B, C_in, h, w) -> (B, C, 2h, 2w). Each residual block pops one of the skips."""
+        """(B, C_in, h, w) -> (B, C, 2h, 2w), at the highest level (B, C, h, w). Each residual block pops one skip."""
         for i in range(len(self.resnets)):
             x = torch.cat([x, skips.pop()], dim=1)
             x = self.layer(i, x, time_emb, context)
@@ -271,4 +273,4 @@ class UNet(nn.Module):
         x = self.mid_block(x, time_emb, context) if self.mid_block else x
         for block in self.up_blocks:
             x = block(x, time_emb, context, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))

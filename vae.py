@@ -3,9 +3,9 @@
     image (B, 3, H, W) in [-1, 1] ── encoder ── quant_conv ──→ mean, log-variance (B, 4, H/8, W/8)
     image (B, 3, H, W) ←── decoder ── post_quant_conv ── latent (B, 4, H/8, W/8)
 
-Attributes have the names of the published (diffusers) checkpoints. The scaling factor is applied in here: the latents
-that `encode` returns and `decode` takes have about unit variance. Keep it in float32: in float16 the activations of
-the published weights overflow, and the images come out black.
+Attributes have the names of the published (diffusers) checkpoints. `encode` multiplies by the scaling factor and
+`decode` divides by it, so latents have about unit variance. Keep the networks out of float16, where activations of the
+published weights overflow and the images come out black; bfloat16 has float32's range.
 """
 
 import math

@@ -5,7 +5,8 @@
     sd = load("v1-5-pruned-emaonly.safetensors")                 # one CompVis file: formats/compvis.py
     value_encoder = load_text_encoder("adstellaria/LiVO")        # a folder or a hub name
 
-Networks come back frozen, on memory-mapped tensors: a tensor of the right dtype is never copied. No file can run code.
+Networks come back frozen, on memory-mapped tensors: one of the right dtype is not copied, except that wide networks are
+put in channels_last. No file can run code.
 """
 
 import os

@@ -33,7 +33,7 @@ from efficiency import add_device_options, pick_device
 from formats.disk import cached, check_writable, make_folder
 from formats.messages import expecting
 from lab import portraits, toy, uce
-from lab.captions import WORDINGS, write_caption
+from lab.captions import WORDINGS, with_article, write_caption
 from lab.classifier import (ATTRIBUTES, BIAS_TEXTS, HARM_TEXTS, ClipClassifier, accuracy, decide, digest,
                             load_classifier, uniform_record)
 from lab.clip_image import load_clip
@@ -375,7 +375,7 @@ METRICS |= dict.fromkeys(portraits.HARMS, ("R", TOXICITY["R"]))
 def prompts_about(attribute, professions):
     """Prompts that show a principle's effect: they request its toxicity category, or do not specify its attribute."""
     adjective = attribute + " " if attribute in portraits.HARMS else ""
-    return [f"a portrait of a {adjective}{profession}" for profession in professions]
+    return [f"a portrait of {with_article(adjective + profession)}" for profession in professions]
 
 
 def print_quick_table(sd, value_encoder, principles, professions=("doctor", "nurse", "firefighter"), n=16):
