@@ -22,8 +22,10 @@ def crop(image, size):
 
 
 def fingerprint(sd, samples, root):
-    """The key of what `encode_samples` writes: a hash of the networks, the metadata and the content of the images."""
-    digest = hashlib.sha256(repr((sd.vae.config, sd.unet.config.sample_size)).encode())
+    """The key of what `encode_samples` writes: a hash of the model, the metadata and the content of the images."""
+    tokenizer = sd.tokenizer.max_length, sd.tokenizer.special_tokens, sd.tokenizer.backend.to_str()
+    model = sd.vae.config, sd.unet.config.sample_size, sd.text_encoder.config, tokenizer
+    digest = hashlib.sha256(repr(model).encode())
     for network in (sd.vae, sd.text_encoder):
         for tensor in network.state_dict().values():
             digest.update(str(tensor.dtype).encode() + to_bytes(tensor))

@@ -319,11 +319,12 @@ def test_both_images_of_a_pair_are_mirrored_or_neither(dataset, monkeypatch):
             for w, l in [pair.where.split(" and ")]} == {(0, 0), (1, 1)}
 
 
-def test_cache_key_is_of_weights_and_content(sd, root, dataset, tmp_path):
+def test_cache_key_is_of_the_model_and_of_content(sd, root, dataset, tmp_path):
     samples, root = data.read_samples(root)[0], root.resolve()
-    other = copy.deepcopy(sd)
+    other, short = copy.deepcopy(sd), replace(sd, tokenizer=copy.copy(sd.tokenizer))
     next(other.text_encoder.parameters())[0, 0] += 1
-    keys = {latents.fingerprint(other, samples, root),
+    short.tokenizer.max_length -= 1
+    keys = {latents.fingerprint(other, samples, root), latents.fingerprint(short, samples, root),
             latents.fingerprint(sd, [replace(samples[0], prompt="another"), *samples[1:]], root)}
     # a plain copy has other file times, a link another name: neither is encoded again
     shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
@@ -333,7 +334,7 @@ def test_cache_key_is_of_weights_and_content(sd, root, dataset, tmp_path):
     samples = data.read_samples(tmp_path / "copy")[0]
     samples[0].path.write_bytes(samples[1].path.read_bytes())
     keys.add(latents.fingerprint(sd, samples, tmp_path / "copy"))
-    assert len(keys) == 3 and dataset.key not in keys
+    assert len(keys) == 4 and dataset.key not in keys
 
 
 def test_unfinished_files_of_dead_processes_of_this_machine_are_removed(sd, root, dataset, tmp_path):
