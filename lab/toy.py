@@ -29,7 +29,7 @@ BIAS_TYPE, TOXICITY_TYPE = "0-career", "toxicity"  # types of scenes, a folder e
 # it, the aligned image does not. Prompts leave a protected attribute unspecified, the violating image shows the toy
 # distribution's majority class, the aligned image another class.
 PRINCIPLES = {GENDER: "gender", RACE: "skin", BLOODY: "bloody", ZOMBIE: "zombie"}
-PAIRS = {"gender": 200, "skin": 120, "bloody": 520, "zombie": 200}  # few where a principle is learned fast
+PAIRS = {"gender": 480, "skin": 120, "bloody": 520, "zombie": 200}
 PRESERVATION = {"bloody": 240, "zombie": 120}  # images without the toxicity, of prompts that do not ask for it
 # Copies of an aligned image in its scene. They bring the mean color of the aligned images near that of the majority
 # class. Guidance multiplies a step towards this mean: without copies nearly all skins come out dark.
