@@ -398,10 +398,10 @@ def damaged_files():
     files = [("sample", f"model/{file}", ()) for file in needed]
     files += [("sample", f"model/{file}", ("missing",)) for file in ("scheduler/scheduler_config.json",
                                                                       "tokenizer/tokenizer_config.json")]
-    files += [("resume", f"run/{file}", ("missing",)) for file in ("settings.json", "checkpoint.pt", "log.jsonl")]
+    files += [("resume", f"run/{file}", ("missing",)) for file in ("settings.json", "checkpoint.pt")]
     files += [("check", "data/0-career/odd/metadata.jsonl", ("missing", "empty", "loop")),
               ("build", "out/dataset.json", ("missing",)), ("check", "data/dataset.json", ("missing",)),
-              ("plot", "run/log.jsonl", ()), ("collect", "base/base-model.json", ())]
+              ("plot", "run/log.jsonl", ()), ("resume", "run/log.jsonl", ()), ("collect", "base/base-model.json", ())]
     for command, file, harmless in files:
         yield from ((f"{file} {kind}", command, content(file, data)) for kind, data in KINDS.items()
                     if kind not in harmless)
