@@ -49,7 +49,6 @@ def load_latents(sd, samples, folder):
     """
     from formats.disk import cached  # imported late, as the method does not need it
     prompts = sorted({sample.prompt for sample in samples if sample.aligned})
-    unet, text_encoder = sd.unet.config, sd.text_encoder
 
     def make(folder):
         with atomic_folder(folder, "broken.json", keep=True) as temporary:
@@ -62,10 +61,10 @@ def load_latents(sd, samples, folder):
         return torch.from_file(str(path), size=size, dtype=dtype).view(shape)
 
     def read(folder):
-        shape = len(samples), 2, 2, unet.in_channels, unet.sample_size, unet.sample_size
+        shape = len(samples), 2, 2, sd.unet.config.in_channels, *[sd.unet.config.sample_size] * 2
         latents = map_file(folder / "latents.bin", shape, torch.float16)
-        shape = len(prompts), sd.tokenizer.max_length, text_encoder.config.hidden_size
-        embeds = map_file(folder / "prompts.bin", shape, next(text_encoder.parameters()).dtype)
+        shape = len(prompts), sd.tokenizer.max_length, sd.text_encoder.config.hidden_size
+        embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
         broken = {range(len(samples))[int(i)]: fault for i, fault in read_json(folder / "broken.json").items()}
         return latents, dict(zip(prompts, embeds)), broken
 
@@ -76,7 +75,7 @@ def load_latents(sd, samples, folder):
 def encode_samples(sd, samples, prompts, folder, batch_size=8):
     """Write the files that `load_latents` reads. An unreadable image is encoded as gray."""
     from formats.images import open_image
-    vae, broken = next(sd.vae.parameters()), {}
+    weight, broken = next(sd.vae.parameters()), {}  # weight: of the VAE's dtype and device
 
     def read(i):
         try:
@@ -88,7 +87,7 @@ def encode_samples(sd, samples, prompts, folder, batch_size=8):
     rows = range(len(samples))
     with open(folder / "latents.bin", "wb") as file:
         for start in tqdm(rows[::batch_size], "encoding images", disable=None, leave=False):
-            x = torch.stack([read(i) for i in rows[start:start + batch_size]]).to(vae)  # (b, 3, size, size)
+            x = torch.stack([read(i) for i in rows[start:start + batch_size]]).to(weight)  # (b, 3, size, size)
             mean, logvar = sd.vae.encode(torch.cat([x, x.flip(-1)]))  # (2b, 4, h, w) each
             both = torch.stack([mean, logvar], dim=1).unflatten(0, (2, -1))  # (2, b, 2, 4, h, w)
             file.write(to_bytes(both.transpose(0, 1).half()))

@@ -27,7 +27,7 @@ from sample import MAX_PRINCIPLES, captioned, generate
 TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
 RANK, WORLD = (int(text) if (text := os.environ.get(name, "")[:9]).isdecimal() else default  # set by torchrun
                for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-HINGES = "active_w", "active_l", "delta_w", "delta_l", "ref"  # of a line of the log
+LOGGED = "active_w", "active_l", "delta_w", "delta_l", "ref"  # numbers of a line of the log
 SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of sample sheets and the last table
 
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,7 +161,7 @@ class Log:
             text = regular(path, "a log").read_text(encoding="utf-8") if steps or os.path.lexists(path) else ""
             lines = text.splitlines()[:steps]
             self.lines = [json.loads(line) for line in lines]
-            numbers = [line["step"] for line in self.lines if {type(line[key]) for key in HINGES} == {float}]
+            numbers = [line["step"] for line in self.lines if {type(line[key]) for key in LOGGED} == {float}]
             if len(lines) < steps or numbers != [*range(steps)]:  # steps may be 10^12
                 raise ValueError(f"{len(numbers)} of them")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -176,8 +176,9 @@ class Log:
     def add(self, line):
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
-        for key, value in line.items() if self.board else ():
-            self.board.add_scalar(key, value, line["step"])
+        if self.board:
+            for key, value in line.items():
+                self.board.add_scalar(key, value, line["step"])
 
 
 def warn_if_saturated(lines, s, every=50):
@@ -185,7 +186,7 @@ def warn_if_saturated(lines, s, every=50):
     if len(lines) % every:
         return
     lines = lines[-every:]
-    mean = {key: sum(line[key] for line in lines) / len(lines) for key in HINGES}
+    mean = {key: sum(line[key] for line in lines) / len(lines) for key in LOGGED}
     delta = max(abs(mean["delta_w"]), abs(mean["delta_l"]))
     if s.alpha and s.beta and max(mean["active_w"], mean["active_l"]) < 0.2 and delta < 0.05 * mean["ref"]:
         warnings.warn("most hinges are saturated, yet the errors have changed by less than 5 %: the margins "
@@ -239,8 +240,9 @@ def join_processes(device):
 
 
 def sum_over_processes(*tensors):
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 @contextlib.contextmanager

@@ -57,24 +57,25 @@ def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer
     from formats import checks  # imported late, as the method does not need it
     device = torch.device(device)
 
-    def dtypes(unet=None):
+    def pick_dtypes(unet=None):
         fast = dtype or efficiency.fastest_dtype(device, unet)
         full = torch.float32 if dtype or fast == torch.float16 else fast
         return {"unet": fast, "vae": vae_dtype or full, "text_encoder": fast}
 
     if not (path := local(source)):
         from formats.hub import fetch_sd
-        path = fetch_sd(source, dtypes())
+        path = fetch_sd(source, pick_dtypes())
     if path.is_dir():
-        sub_models, tokenizer, scheduler = read_folder(path, source, dtypes, tokenizer)
+        sub_models, tokenizer, scheduler = read_folder(path, source, pick_dtypes, tokenizer)
     else:
         from formats.compvis import read_single_file
         sub_models, tokenizer, scheduler = *read_single_file(path, tokenizer, prediction_type), SCHEDULER
     prediction = checks.check_fit(sub_models, tokenizer, prediction_type or scheduler.get("prediction_type"), source)
     networks = {name: build(NETWORKS[name], sub_models[name], dtype, device)
-                for name, dtype in dtypes(sub_models["unet"].config).items()}
-    for name in ("unet", "vae") if networks["unet"].config.block_out_channels[0] >= efficiency.WIDE else ():
-        networks[name].to(memory_format=torch.channels_last)
+                for name, dtype in pick_dtypes(sub_models["unet"].config).items()}
+    if networks["unet"].config.block_out_channels[0] >= efficiency.WIDE:
+        for name in ("unet", "vae"):
+            networks[name].to(memory_format=torch.channels_last)
     if device.type == "cpu":
         efficiency.keep_freed_memory()
     return StableDiffusion(**networks, tokenizer=tokenizer, scheduler={**scheduler, "prediction_type": prediction})
@@ -95,12 +96,12 @@ def local(source):
     return Path(path) if os.path.exists(path) else None
 
 
-def read_folder(path, source, dtypes, tokenizer):
+def read_folder(path, source, pick_dtypes, tokenizer):
     """A folder in the diffusers layout -> its sub-models, tokenizer and scheduler_config.json."""
     from formats import checks
     from formats.fields import read_scheduler
     checks.check_sd_files(checks.listing(path), source)
-    dtypes = dtypes(checks.read_config(path / "unet" / "config.json", UNet))
+    dtypes = pick_dtypes(checks.read_config(path / "unet" / "config.json", UNet))
     sub_models = {name: read_sub_model(path / name, NETWORKS[name], dtypes[name]) for name in NETWORKS}
     file = path / "scheduler" / "scheduler_config.json"
     scheduler = read_scheduler(file) if os.path.lexists(file) else SCHEDULER

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 
-import weights
-from common import Parser, UserError, number, regular, run, write_json
+from common import Parser, number, regular, run, write_json
 from formats.disk import check_writable
 from formats.messages import expecting
 from lab import baselines
@@ -28,13 +27,13 @@ from lab.captions import WORDINGS
 from lab.classifier import load_classifier
 from lab.clip_image import load_clip
 from lab.comparison import Prompt, markdown
-from lab.evaluate import METRICS, TINY_CLIP, fingerprint, prompts_about
+from lab.evaluate import METRICS, TINY_CLIP, add_toy_model, fingerprint, load_toy_model, prompts_about
 from lab.gate import gate_table
 from lab.metrics import percent
-from lab.portraits import PROFESSIONS, SIZE
+from lab.portraits import PROFESSIONS
 from lab.rewrites import REWRITES, rewrites
 from lab.toy import PRINCIPLES
-from livo import active, is_bias, load_value_encoder, make_context, make_uncond
+from livo import active, is_bias, make_context, make_uncond
 from retrieve import retrieve
 from runs import SAMPLING
 from sample import automatic, sample_images
@@ -152,8 +151,7 @@ def print_markdown(title, table):
 
 def main(argv=None):
     parser = Parser(description="Attacks on LiVO, gates that refuse, several principles at once.")
-    parser.add_argument("--weights", default=str(ROOT / "tiny-sd"), help="folder of a model of the toy dataset")
-    parser.add_argument("--value-encoder", help="folder; by default the value_encoder/ in the folder of the weights")
+    add_toy_model(parser)
     parser.add_argument("--before", help="a Python file with another function retrieve, to compare with")
     parser.add_argument("--baselines", type=Path, help="folder of finished runs of lab.baselines, to attack them too")
     parser.add_argument("--harmless", help="a text file of harmless prompts, one a line, for the gates")
@@ -170,10 +168,7 @@ def main(argv=None):
         lines = regular(args.harmless, "a text file", 2**21).read_text(encoding="utf-8", errors="replace").splitlines()
         harmless["other prompts"] = lines or [""]
     check_writable(args.out.parent)
-    sd = weights.load(args.weights)
-    value_encoder = load_value_encoder(args.value_encoder, args.weights, sd)
-    if sd.size != SIZE or value_encoder is None:
-        raise UserError(f"{args.weights}: expected a model of the toy dataset with a value encoder, got none")
+    sd, value_encoder = load_toy_model(args)
     others = baselines.finished(args.baselines, sd) if args.baselines else {}
     others = {name: of for name, of in others.items() if name not in TWICE}
     images, classifier, results = Images(sd, value_encoder), load_classifier(), {}

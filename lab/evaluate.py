@@ -58,6 +58,22 @@ DISTANCE = "pixel distance to base, 0 … 255"
 VERSION = 1  # part of every cache key: raise it when the code generates other images from the same settings
 
 
+# ------------------------------------------------------------ the model of wordings.py, twins.py and attacks.py
+
+def add_toy_model(parser):
+    parser.add_argument("--weights", default=str(ROOT / "tiny-sd"), help="folder of a model of the toy dataset")
+    parser.add_argument("--value-encoder", help="folder; by default the value_encoder/ in the folder of the weights")
+
+
+def load_toy_model(args, base=False):
+    """-> the model of these options and its value encoder, None for `base`. Raises UserError for another model."""
+    sd = weights.load(args.weights)
+    value_encoder = None if base else load_value_encoder(args.value_encoder, args.weights, sd)
+    if sd.size != portraits.SIZE or value_encoder is None and not base:
+        raise UserError(f"{args.weights}: expected a model of the toy dataset with a value encoder, got none")
+    return sd, value_encoder
+
+
 # --------------------------------------------- sources of images: functions (prompt, seeds) -> PIL images
 
 def rendered(prompt, seeds):

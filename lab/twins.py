@@ -13,22 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-import weights
-from common import Parser, UserError, atomic, number, run
+from common import Parser, atomic, number, run
 from formats.disk import check_writable
 from lab import portraits
 from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES, load_classifier
 from lab.clip_image import load_clip
 from lab.damage import load_detector
-from lab.evaluate import generate_each, pixel_distance
+from lab.evaluate import TINY_CLIP, add_toy_model, generate_each, load_toy_model, pixel_distance
 from lab.metrics import percent
 from lab.toy import PRINCIPLES
-from livo import load_value_encoder
 from runs import SAMPLING
 from sample import captioned
 
-ROOT = Path(__file__).parent.parent
 OTHER_NOISE = 10**4  # added to the seeds
 
 
@@ -62,17 +59,13 @@ def measure_principle(sd, value_encoder, principle, attribute, n, classifier, de
 
 def main(argv=None):
     parser = Parser(description="Distance of LiVO's images to those of a prompt without the toxicity.")
-    parser.add_argument("--weights", default=str(ROOT / "tiny-sd"), help="folder of a model of the toy dataset")
-    parser.add_argument("--value-encoder", help="folder; by default the value_encoder/ in the folder of the weights")
+    add_toy_model(parser)
     parser.add_argument("-n", type=number(int, 1, 1000), default=4, help="images per principle and profession")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of twins.png")
     args = parser.parse_args(argv)
     check_writable(args.out)
-    sd = weights.load(args.weights)
-    value_encoder = load_value_encoder(args.value_encoder, args.weights, sd)
-    if value_encoder is None or sd.size != portraits.SIZE:
-        raise UserError(f"{args.weights}: expected a model of the toy dataset with a value encoder, got none")
-    classifier, detector, clip = load_classifier(), load_detector(), load_clip(ROOT / "tiny-clip")
+    sd, value_encoder = load_toy_model(args)
+    classifier, detector, clip = load_classifier(), load_detector(), load_clip(TINY_CLIP)
     print(f"{'':34}{'distance to twin':>22}{'damaged, percent':>22}")
     print(" " * 34 + "".join(f"{column:>11}" for column in ("pixels", "tiny-clip", "LiVO", "twin")))
     rows = []
