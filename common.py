@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call main(). What is due to the input or the system becomes `error: …` and exit code 2; Ctrl-C is exit code 130."""
+    """Call main(). What is due to the input or the system becomes `error: …`, exit code 2; Ctrl-C is exit code 130."""
     from formats.messages import drop_unwritten, explain, prepare_streams, tell
     prepare_streams()
     try:

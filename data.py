@@ -124,7 +124,7 @@ def is_preservation(sample):
 class PreferenceDataset:
     """The pairs of a dataset folder. len() is the number of aligned images.
 
-    key: a hash of the weights and of the data's content.
+    key: a hash of the VAE, of the text encoder and of the data's content.
 
     The first use encodes all images and prompts into the folder `cache`/`key`, whose files are memory-mapped from then
     on. Unusable samples, and scenes without aligned or without violating images, are skipped with a warning; more than
@@ -149,7 +149,7 @@ class PreferenceDataset:
         return len(self.aligned)
 
     def aligned_at(self, position, seed):
-        """-> the aligned Sample at a position of the run, and its row of latents."""
+        """-> the aligned Sample at a position of the run, step · batch + row, and its row of latents."""
         epoch, i = divmod(position, len(self))
         return self.aligned[epoch_order(seed, epoch, len(self))[i]]
 

@@ -2,7 +2,7 @@
 
     x_t = √ᾱ_t x0 + √(1 − ᾱ_t) eps
 
-is a latent at timestep t. ᾱ (alphas_cumprod, for one timestep `abar`) falls from 1, clean, to 0, noise.
+is a latent at timestep t. ᾱ (alphas_cumprod, for one timestep `abar`) falls from about 1, clean, to about 0, noise.
 """
 
 import numpy as np
@@ -71,7 +71,7 @@ class Schedule:
             from formats.checks import SCHEDULER_DPM, check_scheduler
             check_scheduler(self.config, SCHEDULER_DPM)
             return list(zip(t, abar, [*abar[1:], torch.tensor(1.0)]))
-        # diffusers subtracts a constant stride. If T is no multiple of `steps`, this is not the next t of the list.
+        # diffusers subtracts a constant stride. With linspace spacing this is not the next t of the list.
         after = [i - len(self.alphas_cumprod) // steps for i in t]
         return list(zip(t, abar, [self.alphas_cumprod[i] if i >= 0 else self.final for i in after]))
 
@@ -103,8 +103,8 @@ def dpm_step(x0, x, abar, abar_prev, before=None):
     """
     if before is not None and abar_prev < 1:
         x0_before, abar_before = before
-        half_step = (abar_prev.logit() - abar.logit()) / 2  # logit(ᾱ) = 2λ: the factor cancels
-        x0 = x0 + half_step / (abar.logit() - abar_before.logit()) * (x0 - x0_before)
+        step, before = abar_prev.logit() - abar.logit(), abar.logit() - abar_before.logit()  # 2λ: the factor cancels
+        x0 = x0 + step / 2 / before * (x0 - x0_before)
     eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
     return ddim_step(x0, eps, abar, abar_prev)
 

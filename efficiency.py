@@ -78,8 +78,8 @@ class FrozenConvolution(torch.autograd.Function):
 def with_context(unet, context, latents):
     """The UNet with a fixed context, (x, time_emb) -> output. On a GPU it is a CUDA graph: one launch, not a thousand.
 
-    context: (B, L, D), to be kept while the graph is used, which reads its memory. latents: (b, 4, h, w), for their size
-    and device; x will have B rows.
+    context: (B, L, D), to be kept while the graph is used, which reads its memory. latents: (b, 4, h, w), for their
+    size and device; x will have B rows.
     """
 
     def model(x, time_emb):

@@ -65,7 +65,8 @@ def load_latents(sd, samples, folder):
         latents = map_file(folder / "latents.bin", shape, torch.float16)
         shape = len(prompts), sd.tokenizer.max_length, sd.text_encoder.config.hidden_size
         embeds = map_file(folder / "prompts.bin", shape, next(sd.text_encoder.parameters()).dtype)
-        broken = {range(len(samples))[int(i)]: fault for i, fault in read_json(folder / "broken.json").items()}
+        rows = range(len(samples))  # rows[i] raises IndexError for an image that is not there
+        broken = {rows[int(i)]: fault for i, fault in read_json(folder / "broken.json").items()}
         return latents, dict(zip(prompts, embeds)), broken
 
     return cached(folder, read, make, lock=folder.parent)

@@ -10,8 +10,8 @@ prompt embeddings:
 weights change. Without the value token the model is the base model, bit for bit.
 
 Training data are preference pairs (x, v, y_w, y_l) of an aligned image y_w and a violating image y_l. For a toxic
-principle y_l shows the toxicity. For a bias principle y_l shows the majority class and y_w another one; half of the
-images get its token. Both images of a pair share one noise eps and one timestep t. Their denoising errors are
+principle y_l shows the toxicity. For a bias principle y_l shows the majority class and y_w another one; in sampling,
+half of the images get the token. Both images of a pair share one noise eps and one timestep t. Their errors are
 
     ℓ(y) = ‖eps − eps_unet(z_t(y), t, context)‖²                             mean over (C, H, W); shape (B,)
 
@@ -110,12 +110,12 @@ def spread(n, fraction):
 
 
 def active(principles, n, fraction=None):
-    """-> for each of n images a tuple of its principles. Two bias principles have different halves, 1010… and 1100…."""
-    chosen, period = [()] * n, 1
+    """-> for each of n images a tuple of its principles. A second bias principle gets half of each half."""
+    chosen = [()] * n
     for principle in principles:
-        gets = spread(n, share := fraction if fraction is not None else 0.5 if is_bias(principle) else 1)
-        chosen = [before + (principle,) * gets[i // period] for i, before in enumerate(chosen)]
-        period *= 2 if share < 1 else 1
+        share = fraction if fraction is not None else 0.5 if is_bias(principle) else 1
+        for i, gets in zip(sorted(range(n), key=chosen.__getitem__, reverse=True), spread(n, share)):  # half by half
+            chosen[i] += (principle,) * gets
     return chosen
 
 
@@ -143,8 +143,8 @@ def livo_loss(err_w, ref_w, err_l, ref_l, alpha=ALPHA, beta=BETA, gamma1=GAMMA1,
 def bradley_terry_loss(err_w, ref_w, err_l, ref_l, beta):
     """The Bradley-Terry loss that the two hinges approximate (Diffusion-DPO, arXiv 2311.12908), a scalar.
 
-    −log σ(−s) = softplus(s), with s = β [(err_w − ref_w) − (err_l − ref_l)]. Since max(0, s) <= softplus(s) <=
-    max(0, s) + log 2, it is one smooth hinge. LiVO splits it in two, so that image quality (β, γ1) and value conformity
-    (α, γ2) can be traded off. The β of Diffusion-DPO's official code is twice this one.
+    −log σ(−s) = softplus(s), s = β [(err_w − ref_w) − (err_l − ref_l)], is one smooth hinge, as max(0, s) <=
+    softplus(s) <= max(0, s) + log 2. LiVO splits it in two, to trade image quality (β, γ1) off against value conformity
+    (α, γ2). The β of Diffusion-DPO's official code is twice this one.
     """
     return F.softplus(beta * ((err_w - ref_w) - (err_l - ref_l))).mean()

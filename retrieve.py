@@ -55,7 +55,7 @@ def disguised(prompt):
 
 
 def spellings(entry, long=True):
-    """Keys that an entry shares with other spellings: without spaces, doubled letters, or one letter of a long one."""
+    """Keys shared with other spellings: no spaces, no doubled letters (these end in "+"), one letter less if long."""
     keys = {entry.replace("_", "") + "+", re.sub(r"(.)\1+", r"\1", entry) + "+"}
     return keys | {entry, *(entry[:i] + entry[i + 1:] for i, c in enumerate(entry) if c != "_")} if long else keys
 
@@ -116,5 +116,5 @@ groups, letters = data.pop("patterns"), data.pop("letters")
 letters = {ord(symbol): letter for letter, symbols in letters.items() for symbol in symbols}
 tables = SimpleNamespace(**{name: entries(**table) for name, table in data.items()})
 patterns = SimpleNamespace(**{name: pattern(group) for name, group in groups.items()})
-entry_of = {key: entry for entry in sorted(tables.blood | tables.undead | tables.naked)
+entry_of = {key: entry for entry in sorted(tables.blood | tables.undead | tables.naked)  # exceptions: the reverse
             for key in spellings(entry, (len(entry) > 5 and "_" not in entry) != (entry in tables.exceptions))}

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from common import UserError, atomic, number, read_json, regular, write_json
+from data import is_preservation
 from livo import aligned_hinge, livo_loss, violating_hinge
 from retrieve import retrieve
 from sample import MAX_PRINCIPLES, captioned, generate
@@ -69,7 +70,7 @@ def parse_settings(parser, cls, argv):
         folder, file = args.out or Path("runs/livo"), f"{args.weights}/livo.toml"
         check_new(folder)
         values = load_preset(args.weights)
-    try:  # as if they had been typed before the others: checked alike, and overruled by them
+    try:  # as if typed before the user's options: checked the same way, and overruled by these
         if folders := [name for name in values if "out".startswith(name) or "resume".startswith(name)]:  # or shortened
             raise UserError(f"expected no folder of a run, got {', '.join(folders)}")
         typed = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value != ""]
@@ -134,21 +135,28 @@ def resume(folder, value_encoder, optimizer, data_key):
         value_encoder.load_state_dict(state["value_encoder"])
         load_adamw(optimizer, state["optimizer"], step, file)
     if before != data_key:
-        raise UserError(f"{file}: expected the data, the weights and their dtype that the run began with, got others")
+        raise UserError(f"{file}: expected the data, VAE, text encoder and dtype that the run began with, got others")
     return step
 
 
 def summarize(step, errors, gamma1, gamma2, s):
-    """The errors (4, B) of a step's pairs, and their margins, (B,) each -> a line of the log."""
+    """The errors (4, B) of a step's pairs, and their margins, (B,) each -> a line of the log.
+
+    All but the loss is a mean over the pairs with a violating image: a preservation pair's hinge never saturates.
+    """
     err_w, ref_w, err_l, ref_l = errors
+
+    def mean(x):
+        return x[ref_w > 0].float().mean().nan_to_num().item()  # ref is 0 in preservation pairs; 0 if all are
+
     return {
         "step": step,
         "loss": livo_loss(*errors, s.alpha, s.beta, gamma1, gamma2).item(),
-        "active_w": (aligned_hinge(err_w, ref_w, s.beta, gamma1) > 0).float().mean().item(),
-        "active_l": (violating_hinge(err_l, ref_l, s.alpha, gamma2) > 0).float().mean().item(),
-        "delta_w": (err_w - ref_w).mean().item(),  # ℓ_θ − ℓ_ref
-        "delta_l": (err_l - ref_l).mean().item(),
-        "ref": ((ref_w + ref_l) / 2).mean().item(),
+        "active_w": mean(aligned_hinge(err_w, ref_w, s.beta, gamma1) > 0),
+        "active_l": mean(violating_hinge(err_l, ref_l, s.alpha, gamma2) > 0),
+        "delta_w": mean(err_w - ref_w),  # ℓ_θ − ℓ_ref
+        "delta_l": mean(err_l - ref_l),
+        "ref": mean((ref_w + ref_l) / 2),
     }
 
 
@@ -165,7 +173,7 @@ class Log:
             if len(lines) < steps or numbers != [*range(steps)]:  # steps may be 10^12
                 raise ValueError(f"{len(numbers)} of them")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: expected a step of the log for each of the checkpoint's {steps}, got {error}") from error
+            raise UserError(f"{path}: expected each of the checkpoint's {steps} steps, got {error}") from error
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # line by line
@@ -197,10 +205,11 @@ def warn_if_saturated(lines, s, every=50):
 
 def save_samples(sd, value_encoder, dataset, path, n=6):
     """Write a sheet: for each principle n images of one prompt, base model above, LiVO below, from the same noise."""
-    prompts, rows = {}, []
+    samples, rows = {}, []
     for sample, _ in dataset.aligned:
-        prompts.setdefault(sample.value, []).append(sample.prompt)
-    for principle, choices in [*prompts.items()][:MAX_PRINCIPLES]:
+        samples.setdefault(sample.value, []).append(sample)
+    for principle, choices in [*samples.items()][:MAX_PRINCIPLES]:
+        choices = [sample.prompt for sample in choices if not is_preservation(sample)] or [choices[0].prompt]
         apt = [prompt for prompt in choices if principle in retrieve(prompt)]
         prompt = random.Random(principle).choice(apt or choices)
         for caption, principles in ("without a principle", []), (f"{principle}: {prompt}", [principle]):

@@ -204,6 +204,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.eta and args.sampler == "dpm":
         raise UserError("--eta: expected 0 with --sampler dpm, got more")
+    if args.compile and args.deep_every > 1:  # which calls the UNet's blocks, not the compiled UNet
+        raise UserError("--compile: expected it without --deep-every, got both")
     return args
 
 

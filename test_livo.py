@@ -102,17 +102,17 @@ def test_value_tokens_precede_the_prompt_embeddings(shipped):
 
 def test_value_fraction_is_spread_evenly():
     assert [*map(spread, (4, 1, 3, 3), (0.5, 0.5, 0, 1))] == [[True, False] * 2, [True], [False] * 3, [True] * 3]
-    assert all(sum(spread(n, f)) == math.floor(n * f + 0.5) for n in (1, 7, 50) for f in (0.1, 0.3, 0.5, 0.9))
+    assert all(sum(principle in some for some in sample.active([GENDER, RACE], n, f)) == math.floor(n * f + 0.5)
+               for principle in (GENDER, RACE) for n in (1, 2, 6, 7, 50) for f in (0.1, 0.3, 0.5, 0.9))
     every, harm = sample.active([GENDER, BLOODY, RACE], 8), (BLOODY,)  # each combination of two bias principles
     assert [every.count(some) for some in ((GENDER, *harm, RACE), (GENDER, *harm), (*harm, RACE), harm)] == [2] * 4
 
 
 def test_bias_principles_act_on_half_of_the_images_and_the_others_are_the_base_models(shipped):
     sd, value_encoder = shipped
-    options = {"steps": 2, "batch_size": 4}
 
     def images(principles):
-        rows = generate(sd, "a doctor", "", principles, value_encoder, range(4), **options)
+        rows = generate(sd, "a doctor", "", principles, value_encoder, range(4), steps=2, batch_size=4)
         return [image.tobytes() for _, image, _ in sorted(rows, key=lambda row: row[0])]
 
     base, gender, bloody = images([]), images([GENDER]), images([BLOODY])

@@ -67,7 +67,7 @@ class Settings:
 # ── One step ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def collate(pairs, device):
-    """B pairs -> prompt_embeds (B, 77, C), z_w, z_l and eps (B, 4, h, w), preservation (B,), and t (B,) on the CPU."""
+    """B pairs -> prompt_embeds (B, 77, C), z_w, z_l and eps (B, 4, h, w), preservation (B,), t (B,) on the CPU as ᾱ."""
     names = "prompt_embeds", "z_w", "z_l", "eps"
     tensors = [torch.stack([getattr(pair, name) for pair in pairs]).to(device) for name in names]
     preservation = torch.tensor([pair.preservation for pair in pairs], device=device)
@@ -97,8 +97,9 @@ def denoising_error(output, target):
 def reference_errors(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation):
     """The reference model's ref_w and ref_l, (B,) each, and the targets of y_w and y_l, (B, 4, h, w) each.
 
-    In a preservation pair (y_l is y_w, the principle does not apply) the token should not change the output. It may,
-    with the same error against eps. So its target is the reference model's output: ref is 0, err the squared change.
+    In a preservation pair (y_l is y_w, the principle does not apply) the token should not change the output. An equal
+    error against eps would not show that. So the target is the reference model's output: ref is 0, err the squared
+    change.
     """
     output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([prompt_embeds, prompt_embeds]))
     target = torch.where(preservation.repeat(2)[:, None, None, None], output, target)
@@ -116,8 +117,8 @@ def margins(principles, preservation, s):
 def add_gradient(sd, value_encoder, pairs, schedule, s):
     """Add the gradient of B pairs of a step to the value encoder's .grad -> err_w, ref_w, err_l, ref_l: (4, B) float32.
 
-    The errors have their min-SNR weights, so these scale the slopes, not the margins. The two hinges share only the
-    context. Each runs forward and backward by itself, in half the memory. Their gradients meet in the context.
+    Min-SNR weights multiply the errors: they scale the slopes, not the margins. The two hinges share only the context,
+    so each runs forward and backward by itself, in half the memory. leaf.grad sums their gradients.
     """
     prompt_embeds, z_w, z_l, eps, preservation, t = collate(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
@@ -237,7 +238,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args, s, folder = parse_args(argv)
     device, dtype = pick_device(args.device, s.dtype)
-    dtype = torch.bfloat16 if device.type == "cuda" and not s.dtype else dtype  # float16 underflows for small gradients
+    if device.type == "cuda" and s.dtype in ("", "auto"):
+        dtype = torch.bfloat16  # float16 underflows for small gradients
     join_processes(device)
     sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
                       prediction_type=s.prediction or None)

@@ -5,10 +5,11 @@
     eps (B, 4, 64, 64) ── conv_out ── up ──── up ──── up ──── up ───┘
     channels:                        320     640    1280    1280
 
-A level (down and up) is a row of residual blocks, which read the timestep. In all but the lowest a transformer follows
-each of them, in the mid block the first of two. It cross-attends to the context: the prompt embeddings and, in LiVO,
-the value tokens in front of them. Skip connections (│): each residual block of the way up also reads one feature map
-of the way down, the last one that of conv_in.
+A level (down and up) is a row of residual blocks, which read the timestep. A transformer follows each of them, except
+at the lowest level; the mid block is residual block, transformer, residual block. A transformer cross-attends to the
+context: the prompt embeddings and, in LiVO, the value tokens in front of them. Skip connections (│): each residual
+block of the up path also reads one feature map of the down path, last in first out; conv_in's is the last.
+
 SD 1.x and 2.x (arXiv 2112.10752) are two configurations of this one class. Attributes have the names of the published
 (diffusers) checkpoints, so that weights load without renaming.
 """
@@ -188,7 +189,7 @@ class Block(nn.Module):
 
 class DownBlock(Block):
     def forward(self, x, time_emb, context):
-        """(B, C_in, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉), at the lowest level (B, C, H, W), and each feature map on the way."""
+        """(B, C_in, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉), at the lowest level (B, C, H, W), and all feature maps before."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time_emb, context)

@@ -193,7 +193,7 @@ NUMBERS = {  # command: {option: texts}
 WORDS = {  # command: options that are refused
     "sample": [
         "--dtype int8", "--device abacus", "--device meta", "--device cuda:99", "--sampler euler", "--unknown",
-        "--steps", "--sampler dpm --eta 1", "--s 1", "--prediction x0", "--weights nowhere",
+        "--steps", "--sampler dpm --eta 1", "--compile --deep-every 2", "--s 1", "--prediction x0", "--weights nowhere",
         "--weights owner/name:../../etc",
         "--weights owner/../name", "--weights .", "--weights data", "--tokenizer nowhere", "--value-share 1",
         "--principle auto --principle none", "--weights run", "--out model/model_index.json", "--prompt \udcff",

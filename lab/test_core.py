@@ -387,7 +387,7 @@ def test_resume_refuses_other_data(whole_run, tmp_path):
     """Damaged checkpoints are in lab/test_campaign.py."""
     run = shutil.copytree(whole_run, tmp_path / "run")
     torch.save(torch.load(run / "checkpoint.pt", weights_only=True) | {"data": "another"}, run / "checkpoint.pt")
-    refused("expected the data, the weights and their dtype that the run began with", train.main,
+    refused("expected the data, VAE, text encoder and dtype that the run began with", train.main,
             ["--resume", str(run), "--steps", "11"])
 
 
@@ -461,6 +461,22 @@ def test_second_run_in_a_folder_is_refused(folder, root, whole_run, tmp_path):
         with locked(run), locked(new):
             refused("expected a run of one process", train.main, options)
     assert not [*new.iterdir()]
+
+
+def test_log_and_sample_sheet_are_of_pairs_with_a_violating_image(dataset, monkeypatch, tmp_path):
+    errors = torch.tensor([[0.3, 0.5], [0.4, 0.0], [0.6, 0.5], [0.4, 0.0]])  # the second pair is for preservation
+    line = runs.summarize(0, errors, torch.tensor([1.0, 1.0]), torch.tensor([0.5, -math.inf]), settings())
+    assert [line[key] for key in runs.LOGGED] == pytest.approx([0, 0, -0.1, 0.2, 0.4])
+    assert line["loss"] == pytest.approx((1 + 100 * 0.5) / 2)
+    assert runs.summarize(0, errors[:, 1:], 1.0, -math.inf, settings())["active_w"] == 0  # none of such pairs
+    prompts, asking = set(), {s.prompt for s, _ in dataset.aligned if not data.is_preservation(s)}
+    image = 0, Image.new("RGB", (9, 9)), []
+    monkeypatch.setattr(runs, "generate", lambda sd, prompt, *_, **__: prompts.add(prompt) or [image])
+    for rng in map(random.Random, range(50)):
+        monkeypatch.setattr(runs.random, "Random", lambda principle, rng=rng: rng)
+        monkeypatch.setattr(runs, "retrieve", lambda prompt: [])  # as of a principle of one's own
+        runs.save_samples(None, None, dataset, tmp_path / "sheet.png")
+    assert len(prompts) > 50 and prompts <= asking
 
 
 def test_warning_if_the_margins_are_too_small():
