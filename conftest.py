@@ -250,11 +250,6 @@ def pipe():
 
 
 @pytest.fixture(scope="session")
-def pipe2():
-    return full_vocabulary_pipeline(sd2=True)
-
-
-@pytest.fixture(scope="session")
 def published(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published") / "sd"
     pipe.save_pretrained(folder)

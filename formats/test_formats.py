@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import weights
 from clip_text import BOS, EOS, CLIPTokenizer
-from conftest import SHARED, TINY_SD, TOKENIZER, edit_json, fetch, pixels, refused
+from conftest import SHARED, TINY_SD, TOKENIZER, edit_json, fetch, full_vocabulary_pipeline, pixels, refused
 from formats import unpadded
 from formats.compvis import renamed
 from formats.export import save, save_tokenizer
@@ -171,12 +171,12 @@ def compvis(pipe):
     return state | {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.tensor(0.9999)}
 
 
-@pytest.fixture(params=["pipe", "pipe2"])
-def single_file(request, tmp_path):
-    """SD 1 and SD 2 -> the pipeline, its file, and what the file loads to."""
-    pipe, file = request.getfixturevalue(request.param), tmp_path / "sd.safetensors"
+@pytest.fixture(params=[False, True], ids=["SD 1", "SD 2"])
+def single_file(request, pipe, tmp_path):
+    """-> the pipeline, its file, and what the file loads to."""
+    pipe, file = full_vocabulary_pipeline(sd2=True) if request.param else pipe, tmp_path / "sd.safetensors"
     save_file(compvis(pipe), file)
-    prediction = "v_prediction" if request.param == "pipe2" else None
+    prediction = "v_prediction" if request.param else None
     return pipe, file, weights.load(file, tokenizer=TOKENIZER, prediction_type=prediction)
 
 

@@ -109,6 +109,7 @@ ODD_EXIF = b"II*\0" + struct.pack("<IHHHIHHHHIII", 8, 2, 0x112, 3, 1, 6, 0, 0x10
 TWELVE = b"II*\0" + struct.pack("<I", 44) + bytes.fromhex("000555aaafff") * 6 + struct.pack("<H", 9) + b"".join(
     struct.pack("<HHII", tag, 4, 1, value) for tag, value in (
         (256, 4), (257, 6), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 6), (279, 36))) + bytes(4)
+NIBBLES = np.arange(24).reshape(6, 4) % 16
 WRITTEN = {
     "damaged EXIF": (png(8, 2, ROWS, (b"eXIf", b"hello")), RGB),
     "EXIF of odd types": (png(8, 2, ROWS, (b"eXIf", ODD_EXIF)), ORIENTED[6](RGB)),
@@ -120,14 +121,18 @@ WRITTEN = {
     "gamma of a screen": (png(8, 2, ROWS, (b"gAMA", struct.pack(">I", 10**5)), (b"sRGB", b"\0")), RGB),
     "small frame of a GIF": (SMALL, np.pad(np.asarray(palette.convert("RGB")), ((1, 2), (2, 2), (0, 0)),
                                            constant_values=255)),
-    "12 bits": (TWELVE, np.broadcast_to(np.array([0, 85, 170, 255])[:, None], (6, 4, 3)))}
+    "12 bits": (TWELVE, np.broadcast_to(np.array([0, 85, 170, 255])[:, None], (6, 4, 3))),
+    "16 bits a color": (png(16, 2, [row.astype(">u2").tobytes() for row in RGB.astype(int) * 257]), RGB),
+    "4 bits of grey, one of them transparent": (
+        png(4, 0, [bytes((a << 4 | b, c << 4 | d)) for a, b, c, d in NIBBLES.tolist()], (b"tRNS", b"\0\5")),
+        np.repeat(np.where(NIBBLES == 5, 255, NIBBLES * 17)[..., None], 3, axis=2))}
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_files_that_pillow_does_not_write(name):
     data, shown = WRITTEN[name]
     ours = np.asarray(open_image(io.BytesIO(data)), float)
-    assert ours.shape == shown.shape and abs(ours - shown).max() <= 2
+    assert ours.shape == shown.shape and abs(ours - shown).max() <= 0.5
 
 
 def test_a_jpeg_of_very_many_scans_is_not_opened(tmp_path):
@@ -137,18 +142,6 @@ def test_a_jpeg_of_very_many_scans_is_not_opened(tmp_path):
     (tmp_path / "x.jpg").write_bytes(data[:-2] + data[data.rindex(b"\xff\xda"):-2] * 300 + data[-2:])
     with pytest.raises(ValueError, match="at most 256 scans, got 30"):  # each takes time
         open_image(tmp_path / "x.jpg")
-
-
-def test_16_bits_a_color(tmp_path):
-    (tmp_path / "16.png").write_bytes(png(16, 2, [row.astype(">u2").tobytes() for row in RGB.astype(int) * 257]))
-    assert abs(np.asarray(open_image(tmp_path / "16.png"), int) - RGB).max() <= 1
-
-
-def test_a_transparent_grey_of_4_bits(tmp_path):
-    grey = np.arange(24).reshape(6, 4) % 16
-    rows = [bytes((a << 4 | b, c << 4 | d)) for a, b, c, d in grey.tolist()]
-    (tmp_path / "4.png").write_bytes(png(4, 0, rows, (b"tRNS", b"\0\5")))
-    assert (np.asarray(open_image(tmp_path / "4.png"))[..., 0] == np.where(grey == 5, 255, grey * 17)).all()
 
 
 def test_files_that_start_a_program_or_fill_the_memory_are_not_opened(tmp_path):
