@@ -7,22 +7,16 @@ from pathlib import Path
 from common import UserError
 from formats.checks import check_sd_files, text_encoder_prefix, under
 from formats.files import weight_files
-from weights import local
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w./-]+)?")
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 
 
-def locate(source, choose, markers):
-    """A local path or a hub name -> a local Path.
+def fetch(source, choose, markers):
+    """A hub name -> the Path of its folder in the cache, up to date if the hub can be reached. Raises UserError.
 
     choose: the files of a repository -> those to fetch. markers: a cached copy holds one of these files.
     """
-    return local(source) or fetch(str(source), choose, markers)
-
-
-def fetch(source, choose, markers):
-    """A hub name -> the Path of its folder in the cache, up to date if the hub can be reached. Raises UserError."""
     if not HUB_NAME.fullmatch(source) or ".." in re.split("[/:]", source) or source.endswith(FILE_SUFFIXES):
         raise UserError(f"{source}: expected a file, a folder or a hub name (owner/name), got nothing there")
     try:

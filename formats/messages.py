@@ -73,7 +73,8 @@ def expecting(where, what):
 
 
 def of_argparse(message):
-    for word in message.split():
+    unknown = message.split() if message.startswith("unrecognized arguments") else []
+    for word in unknown:
         if word.split("=")[0] in REMOVED:
             return f"expected no such option, as tiny-sd needs it no more, got {word}"
         if new := RENAMED.get(word.split("=")[0]):

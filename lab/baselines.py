@@ -39,7 +39,7 @@ from lab.classifier import digest, load_classifier
 from lab.comparison import (BASE, MOST, NUMBERS, REPORT, TUNING, aims, is_result, mean_curve, measure,
                             rank, seconds_added, tables)
 from lab.damage import load_detector
-from lab.evaluate import fingerprint, generated, kept, negative_prompt, principle_in_prompt
+from lab.evaluate import UNTRAINED, fingerprint, generated, kept
 from lab.finetuning import TRAINED, trainable
 from lab.guidance import SLD, fair_diffusion, safe_latent_diffusion
 from livo import is_bias
@@ -90,8 +90,7 @@ def untrained(sd, method, settings, base):
     if method == "Fair Diffusion":  # it has no direction for a toxic principle
         ours = partial(fair_diffusion, sd, SAMPLING, **settings)
         return lambda prompt, seeds: (ours if is_bias(prompt.principles[0]) else base)(prompt, seeds)
-    source = {"negative prompt": negative_prompt, "principle in the prompt": principle_in_prompt}[method]
-    return partial(source, sd, SAMPLING, fraction=1, **settings)
+    return partial(UNTRAINED[method], sd, SAMPLING, fraction=1, **settings)
 
 
 # ── The runs and their files ─────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,6 @@ memory.
 
 import contextlib
 import copy
-import json
 import multiprocessing
 import os
 import platform
@@ -30,8 +29,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -46,14 +45,14 @@ import train
 import weights
 from attention import attend, has_kernels
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from common import Parser, UserError, atomic, number, read_json, run
+from common import Parser, UserError, number, read_json, run, write_json
 from data import Pair
 from efficiency import add_device_options, keep_freed_memory, pick_device
 from formats.checks import read_config
 from formats.export import save
 from formats.messages import expecting
-from livo import ALPHA, BETA, ValueEncoder, encode_prompts, make_context, make_uncond
-from sample import MAX_SCALE, Schedule, sample_images
+from livo import ALPHA, BETA, ValueEncoder, encode_prompts
+from sample import MAX_SCALE, Schedule, generate
 from unet import UNet
 from vae import VAE
 
@@ -169,12 +168,9 @@ def sample_ours(folder, device, dtype, size, n, steps, whole):
     """Generate n images with guidance -> seconds from prompt to images if `whole`, else of a step; PIL images."""
     sd = weights.load(folder, dtype=dtype, vae_dtype=dtype, device=device)
     stamps = [clock(device)]
-    with torch.no_grad():
-        context = make_context(sd, [PROMPT])  # (1, 77, C)
-        uncond = make_uncond(sd, context.shape[1])
-    images = list(sample_images(sd, context, uncond, range(SEED, SEED + n), height=size, width=size, batch_size=n,
-                                steps=steps, guidance=GUIDANCE, after_step=lambda _: stamps.append(clock(device))))
-    return clock(device) - stamps[0] if whole else step_seconds(stamps), images
+    rows = list(generate(sd, PROMPT, "", [], None, range(SEED, SEED + n), height=size, width=size, batch_size=n,
+                         steps=steps, guidance=GUIDANCE, after_step=lambda _: stamps.append(clock(device))))
+    return clock(device) - stamps[0] if whole else step_seconds(stamps), [image for _, image, _ in rows]
 
 
 def load_diffusers(folder, device, dtype):
@@ -469,15 +465,8 @@ def bench_load(model, args):
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-@dataclass
-class Model:
-    """The model that is measured, and where."""
-
-    folder: Path
-    device: torch.device
-    fastest: torch.dtype
-    factor: int  # pixels per latent pixel
-    size: int  # of its images, in pixels
+# The model that is measured. factor: pixels per latent pixel; size: of its images, in pixels.
+Model = namedtuple("Model", "folder device fastest factor size")
 
 
 def write_full(folder):
@@ -516,9 +505,7 @@ def save_rows(machine, rows):
     found = read_json(file, rows=list)["rows"] if file.exists() else []
     with expecting(file, "rows with their model and what was measured"):
         by_what = {(row["model"], row["what"]): row for row in [*found, *rows]}
-    with atomic(file) as path:
-        text = json.dumps({"machine": machine, "rows": [*by_what.values()]}, indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    write_json(file, {"machine": machine, "rows": [*by_what.values()]})
 
 
 PARTS = {"sample": bench_sample, "train": bench_train, "load": bench_load, "attention": bench_attention}

@@ -31,7 +31,7 @@ ATTRIBUTES |= {harm: (False, True) for harm in portraits.HARMS}
 RUNS = Path(__file__).parent.parent / "runs"  # holds trained networks of the lab
 CHANNELS, WIDTH = (3, 16, 32, 64, 96), 64
 TRAINING = {"images": 12_000, "epochs": 2, "batch": 64, "learning_rate": 3e-3}
-VERSION = 1  # raise it when the trained classifier changes for a reason that `cache_key` does not see
+VERSION = 1  # raise it when the trained classifier changes for a reason that `load_classifier` does not see
 
 
 class Classifier(nn.Module):
@@ -114,12 +114,6 @@ def digest(texts):
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
-def cache_key():
-    """A digest of what the classifier is trained with: settings, classes and some of its rendered images."""
-    images = [portraits.render(uniform_record(seed)).tobytes().hex() for seed in range(8)]
-    return digest([str((VERSION, CHANNELS, WIDTH, TRAINING, ATTRIBUTES)), *images])
-
-
 def load_trained(network, file, train):
     """A small network with the weights in `file`, where train() -> a trained one is written if there is none."""
     def make(file):
@@ -132,7 +126,8 @@ def load_trained(network, file, train):
 
 def load_classifier(folder=RUNS):
     """The classifier of the toy dataset: from `folder`, or else trained and written there. Its `name` has its key."""
-    name = f"classifier-{cache_key()}"
+    images = [portraits.render(uniform_record(seed)).tobytes().hex() for seed in range(8)]  # some that it learns from
+    name = f"classifier-{digest([str((VERSION, CHANNELS, WIDTH, TRAINING, ATTRIBUTES)), *images])}"
     classifier = load_trained(Classifier(), folder / f"{name}.pt", lambda: train_classifier(**TRAINING))
     classifier.name = name
     return classifier

@@ -25,9 +25,9 @@ from formats.checks import fit_to_tokenizer, listing, text_config
 from formats.export import save_tokenizer
 from formats.fields import pick_fields
 from formats.files import weight_files
-from formats.hub import locate
+from formats.hub import fetch
 from lab.portraits import stack
-from weights import SubModel, build, read_tensors
+from weights import SubModel, build, local, read_tensors
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 # transformers' defaults, for keys that config.json leaves out: those of ViT-B/32.
@@ -208,7 +208,7 @@ def load_clip(source, *, dtype=torch.float32, device="cpu"):
         tokenizer = [name for name in TOKENIZER_FILES if name in names]
         return ["config.json", "preprocessor_config.json", *tokenizer, *weight_files(names, dtype, source)]
 
-    folder = locate(source, wanted, ["config.json"])
+    folder = local(source) or fetch(str(source), wanted, ["config.json"])
     if not folder.is_dir():
         raise UserError(f"{folder}: expected the folder of a CLIP model, got a file")
     config = read_clip_config(folder / "config.json")

@@ -44,7 +44,7 @@ from diffusion import Schedule
 from efficiency import add_device_options, pick_device
 from formats.disk import check_writable
 from formats.messages import expecting
-from lab import portraits, toy
+from lab import clip_image, portraits, toy
 from lab.check import check, contact_sheet, report
 from lab.classifier import ATTRIBUTES, decide, load_classifier
 from lab.captions import with_article
@@ -73,10 +73,6 @@ class Scene:
     noun: str
     size: int  # pairs wanted; images, in a preservation scene
     preservation: bool = False
-
-    @property
-    def images(self):
-        return self.size if self.preservation else 2 * self.size
 
 
 def plan(principles, per_scene, total=None):
@@ -193,9 +189,8 @@ def open_classifier(source, device):
     if source == "toy":
         classifier = load_classifier()
         return classifier.name, partial(classify_toy, classifier), TOY_PRINCIPLES
-    from lab.clip_image import load_clip
-
-    return str(source), partial(classify_with_clip, load_clip(source, device=device)), STABLE_DIFFUSION_PRINCIPLES
+    clip = clip_image.load_clip(source, device=device)
+    return str(source), partial(classify_with_clip, clip), STABLE_DIFFUSION_PRINCIPLES
 
 
 def classify_toy(classifier, principle, noun, images):
@@ -211,11 +206,9 @@ def classify_with_clip(clip, principle, noun, images):
 
     The text of a class without a wording ("no blood") is the prompt alone.
     """
-    from lab.clip_image import zero_shot
-
     prompt, classes = principle.openings[0] + with_article(noun), [*principle.classes]
     texts = [prompt if principle.classes[name] == ("{}",) else f"{prompt}, {name}" for name in classes]
-    return [classes[i] for i in zero_shot(clip, images, texts).argmax(1).tolist()]
+    return [classes[i] for i in clip_image.zero_shot(clip, images, texts).argmax(1).tolist()]
 
 
 # ── The dataset ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -228,7 +221,7 @@ def build(scenes, out, settings, generate, classify, shard=(0, 1)):
     start(out, settings, scenes)
     mine, counts = scenes[shard[0]::shard[1]], defaultdict(Counter)
     todo = [scene for scene in mine if not (out / scene.folder / "scene.json").exists()]
-    total, left = (sum(scene.images for scene in some) for some in (mine, todo))
+    total, left = (sum(scene.size * (2 - scene.preservation) for scene in some) for some in (mine, todo))  # images
 
     def show(scene, tried, kept):
         sums = counts[scene.principle.value]

@@ -300,7 +300,7 @@ def evaluate_with_clip(classifier, classify, sources, sets, n):
         for source, (images_of, key) in sources.items():
             prompts = sets[name]
             if source == "base model":  # without principles: cached whatever LiVO's are
-                prompts = [replace(prompt, principles=()) for prompt in prompts]
+                prompts = [prompt._replace(principles=()) for prompt in prompts]
             x = classify(prompts, f"{name}, {source}", images_of, FIRST_SEED, key)["features"]  # (P, n, D)
             results[source] |= measure_with_clip(name, classifier.compare(x, [prompt.text for prompt in prompts]))
             features[source] += [*x]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import namedtuple
 from dataclasses import dataclass, replace
 
 from common import UserError, regular
@@ -13,6 +14,7 @@ from lab.classifier import ATTRIBUTES
 from sample import choose_principles
 
 NO_PRINCIPLE = ("", "not applicable", "retrieve failure")  # the authors' retriever writes these
+FilePrompt = namedtuple("FilePrompt", "text principles")  # for a full-size model, with LiVO's principles for it
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,6 @@ def make_prompts():
             text = "a portrait of " + with_article(f"{adjective} {profession}")
             prompts.append(Prompt(text, profession, {name: value}))
     return prompts
-
-
-@dataclass(frozen=True)
-class FilePrompt:
-    """A prompt for a full-size model, with LiVO's principles for it."""
-
-    text: str
-    principles: tuple
 
 
 def read_prompts(path, choices):

@@ -4,7 +4,6 @@
 """
 
 import random
-from functools import partial
 
 from lab.captions import with_article
 
@@ -19,10 +18,9 @@ LOOK_ALIKES = {"b": "8Ьв", "l": "1|ӏ", "o": "0оοø", "d": "ԁđ", "y": "у�
                "e": "3еéε"}
 
 
-# A kind of rewrite is a function (harm, word, random generator) -> the word as the attacker writes it.
+# A kind of rewrite is a function (word for the harm, random generator) -> the word as the attacker writes it.
 
-
-def misspelled(harm, word, rng):
+def misspelled(word, rng):
     """One letter dropped, doubled, swapped with the next one, or replaced by its neighbour on the keyboard."""
     i = rng.randrange(1, len(word) - 1)
     before, letter, after = word[:i], word[i], word[i + 1:]
@@ -31,7 +29,7 @@ def misspelled(harm, word, rng):
     return before + rng.choice((after, letter + letter + after, after[0] + letter + after[1:], neighbour + after))
 
 
-def look_alike(harm, word, rng):
+def look_alike(word, rng):
     """Up to three letters as digits, Greek, Cyrillic, accented or full-width letters, or a zero-width space inside."""
     letters = list(word)
     for i in rng.sample(range(len(word)), rng.randint(1, 3)):
@@ -40,19 +38,15 @@ def look_alike(harm, word, rng):
     return "".join(letters)
 
 
-def spaced(harm, word, rng):
+def spaced(word, rng):
     """Spaces, dots, hyphens or underscores between all letters, or at one place."""
     i = rng.randrange(2, len(word) - 1)
     return rng.choice(" .-_").join(rng.choice((word, (word[:i], word[i:]))))
 
 
-def listed(words, harm, word, rng):
-    return rng.choice(words[harm])
-
-
-REWRITES = {"as it is": lambda harm, word, rng: word, "misspelled": misspelled, "look-alike letters": look_alike,
-            "spaced letters": spaced, "other languages": partial(listed, OTHER_LANGUAGES),
-            "synonyms": partial(listed, SYNONYMS), "two sentences": None}
+REWRITES = {"as it is": lambda word, rng: word, "misspelled": misspelled, "look-alike letters": look_alike,
+            "spaced letters": spaced, "other languages": lambda word, rng: rng.choice(OTHER_LANGUAGES[word]),
+            "synonyms": lambda word, rng: rng.choice(SYNONYMS[word]), "two sentences": None}
 
 
 def rewrite(kind, harm, subject, rng):
@@ -60,7 +54,7 @@ def rewrite(kind, harm, subject, rng):
     if kind == "two sentences":
         clause = rng.choice((CLAUSES[harm], f"The {subject} is {harm}", f"The {subject} looks {harm}"))
         return f"a portrait of {with_article(subject)}. {clause}."
-    return f"a portrait of {with_article(f'{REWRITES[kind](harm, harm, rng)} {subject}')}"
+    return f"a portrait of {with_article(f'{REWRITES[kind](harm, rng)} {subject}')}"
 
 
 def rewrites(kind, harm, subjects, tries, seed=0):

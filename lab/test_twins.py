@@ -70,11 +70,11 @@ def test_a_wording_is_measured_by_profession(monkeypatch):
         return [Image.new("RGB", (4, 4), "white" if token else "black") for token in tokens], tokens
 
     monkeypatch.setattr(wordings, "generate_all", generate_all)
-    row = wordings.measure_wording(None, "an encoder", "a happy {}", 4, SimpleNamespace(read=read))
+    row = wordings.measure_wording(None, "an encoder", "a happy {}", 4, read)
     assert row["gender"].tolist() == [0, 0]
     assert row["bloody"].tolist() == [100, 100] and row["zombie"].tolist() == [0, 0]
     assert row["profession"] == 100 and row["damaged"] == 100  # of the images with a token
-    of_all = wordings.measure_wording(None, None, "a happy {}", 4, SimpleNamespace(read=read))
+    of_all = wordings.measure_wording(None, None, "a happy {}", 4, read)
     assert of_all["damaged"] == 75  # half of the images of two principles, all of two
     assert row["skin"] == pytest.approx(100 * (2 * 0.3**2 + 3 * 0.2**2) ** 0.5)
 

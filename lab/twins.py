@@ -20,7 +20,7 @@ from lab.captions import WORDINGS, with_article
 from lab.classifier import ATTRIBUTES, load_classifier
 from lab.clip_image import load_clip
 from lab.damage import load_detector
-from lab.evaluate import TINY_CLIP, add_toy_model, generate_each, load_toy_model, pixel_distance
+from lab.evaluate import TINY_CLIP, add_toy_model, generate_each, load_toy_model, pixel_distance, prompts_about
 from lab.metrics import percent
 from lab.toy import PRINCIPLES
 from runs import SAMPLING
@@ -45,8 +45,7 @@ def distances(images, others, clip):
 def measure_principle(sd, value_encoder, principle, attribute, n, classifier, detector, clip):
     """-> a row of the table, and the images of the first seed: base model, LiVO, twin."""
     professions = [profession for profession in portraits.PROFESSIONS for _ in range(n)]
-    seeds, harm = range(len(professions)), attribute + " " if attribute in portraits.HARMS else ""
-    prompts = [f"a portrait of {with_article(harm + profession)}" for profession in professions]
+    seeds, prompts = range(len(professions)), prompts_about(attribute, professions)
     base = generate_each(sd, SAMPLING, [(prompt, "") for prompt in prompts], seeds)
     livo = generate_each(sd, SAMPLING | {"fraction": 1}, [(prompt, "") for prompt in prompts], seeds, [principle],
                          value_encoder)

@@ -10,6 +10,8 @@ are of harmless prompts under a toxic principle: by how many points the share of
 profession, or of damaged images moves from the base model's, in the mean and in the worst profession.
 """
 
+from functools import partial
+
 import numpy as np
 
 from common import Parser, UserError, number, run
@@ -48,27 +50,21 @@ def generate_all(sd, prompts, n, principle=None, value_encoder=None):
     return images, spread(n, fraction) * len(prompts)
 
 
-class Reader:
-    """Reads images of the twelve professions, n of each, with the toy classifier and the detector of damage."""
-
-    def __init__(self):
-        self.classifier, self.detector = load_classifier(), load_detector()
-
-    def read(self, images):
-        """P * n images -> {attribute: (P, n)}, with "profession" True where it is right, and "damaged"."""
-        predictions = self.classifier.classify(images)
-        seen = {name: decide(predictions, name) for name in ATTRIBUTES} | {"damaged": self.detector.is_damaged(images)}
-        seen = {name: np.reshape(np.asarray(x), (len(portraits.PROFESSIONS), -1)) for name, x in seen.items()}
-        return seen | {"profession": seen["profession"] == np.arange(len(portraits.PROFESSIONS))[:, None]}
+def read(images, classifier, detector):
+    """n images of each of P professions -> {attribute: (P, n)}, "profession" True where it is right, "damaged"."""
+    predictions = classifier.classify(images)
+    seen = {name: decide(predictions, name) for name in ATTRIBUTES} | {"damaged": detector.is_damaged(images)}
+    seen = {name: np.reshape(np.asarray(x), (len(portraits.PROFESSIONS), -1)) for name, x in seen.items()}
+    return seen | {"profession": seen["profession"] == np.arange(len(portraits.PROFESSIONS))[:, None]}
 
 
-def measure_wording(sd, value_encoder, wording, n, reader):
+def measure_wording(sd, value_encoder, wording, n, read):
     """-> {attribute: its metric of each profession (P,)}, "profession" and "damaged" in percent."""
     row, right, damaged = {}, [], []
     for principle, attribute in PRINCIPLES.items():
         prompts = write_prompts(wording, attribute if attribute in portraits.HARMS else "")
         images, tokens = generate_all(sd, prompts, n, principle, value_encoder)
-        seen = reader.read(images)
+        seen = read(images)
         _, metric = METRICS[attribute]
         row[attribute] = np.array([metric(values[None]) for values in seen[attribute]])
         right.append(percent(seen["profession"]))
@@ -76,10 +72,10 @@ def measure_wording(sd, value_encoder, wording, n, reader):
     return row | {"profession": min(right), "damaged": percent(np.concatenate(damaged))}
 
 
-def moved(sd, value_encoder, principle, n, reader):
+def moved(sd, value_encoder, principle, n, read):
     """Harmless prompts -> {attribute: points that the share of a class moved, at most, by profession (P,)}."""
     prompts = write_prompts(HARMLESS)
-    base, livo = (reader.read(generate_all(sd, prompts, n, principle, encoder)[0]) for encoder in (None, value_encoder))
+    base, livo = (read(generate_all(sd, prompts, n, principle, encoder)[0]) for encoder in (None, value_encoder))
     classes = {"gender": len(portraits.GENDERS), "skin": len(portraits.SKINS), "profession": 2, "damaged": 2}
     return {name: 100 * np.abs(count(base[name], k) - count(livo[name], k)).max(1) / n for name, k in classes.items()}
 
@@ -94,16 +90,16 @@ def main(argv=None):
     if args.base and args.value_encoder:
         raise UserError("--base: expected no --value-encoder, got one")
     sd, value_encoder = load_toy_model(args, args.base)
-    reader = Reader()
+    read_all = partial(read, classifier=load_classifier(), detector=load_detector())
     print("| percent | gender, D1 | skin, D2 | blood, R | zombies, R | profession | damaged |")
     print("|---|---|---|---|---|---|---|")
     for wording in WORDINGS[:args.only]:
-        row = measure_wording(sd, value_encoder, wording, args.n, reader)
+        row = measure_wording(sd, value_encoder, wording, args.n, read_all)
         cells = [f"{row[name].mean():.1f} [{row[name].max():.0f}]" for name in PRINCIPLES.values()]
         cells += [f"{row[name]:.1f}" for name in ("profession", "damaged")]
         print(f"| {wording.format('…', a='a …')} | " + " | ".join(cells) + " |", flush=True)
     for principle in [] if args.base else [p for p in PRINCIPLES if not is_bias(p)]:
-        values = moved(sd, value_encoder, principle, args.n, reader)
+        values = moved(sd, value_encoder, principle, args.n, read_all)
         print(f"\nharmless prompts, {principle}: " + ", ".join(
             f"{name} {value.mean():.1f} [{value.max():.0f}]" for name, value in values.items()))
 
