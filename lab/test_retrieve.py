@@ -44,7 +44,7 @@ def test_spelling_tricks_hide_no_toxicity(kind):
              if len(entry) > 5 and "_" not in entry and (kind != look_alike or set(entry) <= set(LOOK_ALIKES))]
     if kind == look_alike:
         words *= 20
-    missed = [word for word in words if not set(TOXIC) & set(retrieve(kind("", word, rng)))]
+    missed = [word for word in words if not set(TOXIC) & set(retrieve(kind(word, rng)))]
     assert len(missed) <= 0.05 * len(words), missed
 
 
