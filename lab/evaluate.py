@@ -55,7 +55,7 @@ FIRST_SEED = 0  # of the generated images; the seeds count on from prompt to pro
 RENDERED_SEEDS, REFERENCE_SEEDS = HELD_OUT, 2 * HELD_OUT  # of two rendered sets
 CHECK_IMAGES = 2000  # held out, to check the classifier
 DISTANCE = "pixel distance to base, 0 … 255"
-VERSION = 1  # part of every cache key: raise it when the code generates other images from the same settings
+VERSION = 2  # part of every cache key: raise it when the code generates other images from the same settings
 
 
 # ------------------------------------------------------------ the model of wordings.py, twins.py and attacks.py
