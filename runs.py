@@ -90,7 +90,8 @@ def parse_settings(parser, cls, argv):
 def check_new(folder):
     from formats.disk import check_writable
     check_writable(folder)
-    if RANK == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} - {"settings.json"}:
+    names = {path.name for path in folder.glob("[!.]*")}  # a killed run may have left a hidden temporary file
+    if RANK == 0 and names - {"settings.json"}:
         raise UserError(f"{folder}: expected a new folder, got one with files in it; "
                         f"resume with --resume {folder}, or choose another --out")
 

@@ -461,6 +461,10 @@ def test_second_run_in_a_folder_is_refused(folder, root, whole_run, tmp_path):
         with locked(run), locked(new):
             refused("expected a run of one process", train.main, options)
     assert not [*new.iterdir()]
+    (new / ".settings.json.tmp").touch()  # of a run that was killed while it wrote the first file
+    runs.check_new(new)
+    (new / "log.jsonl").touch()
+    refused("expected a new folder", runs.check_new, new)
 
 
 def test_log_and_sample_sheet_are_of_pairs_with_a_violating_image(dataset, monkeypatch, tmp_path):
