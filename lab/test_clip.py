@@ -147,7 +147,7 @@ def edit_tensors(folder, change):
     (lambda f: edit_json(f / PREPROCESSOR, image_mean=[0.5]), "image_mean of three numbers from 0 to 10, got .0.5"),
     (lambda f: edit_config(f, VISION, hidden_size=37), "expected a (CLIPModel's config|divisor)|of another shape"),
     (lambda f: edit_tensors(f, lambda t: t.pop("logit_scale")), "1 missing: logit_scale"),
-], ids=str)
+])
 def test_unusable_clip_folders(clip_folder, damage, message):
     damage(clip_folder)
     refused(message, load_clip, clip_folder)
