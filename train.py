@@ -1,6 +1,6 @@
 """Train a value encoder with the LiVO loss (livo.py).
 
-    python train.py                              # tiny-sd on toy portraits: six minutes on two CPU cores
+    python train.py                              # tiny-sd on toy portraits: 6 to 8 minutes on two CPU cores
     python train.py --weights stable-diffusion-v1-5/stable-diffusion-v1-5 --data livo_data --out runs/sd
     torchrun --nproc_per_node 8 train.py …       # the same result as one process, up to rounding
     python train.py --resume runs/livo           # resume an interrupted run, bit for bit
