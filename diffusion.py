@@ -103,8 +103,8 @@ def dpm_step(x0, x, abar, abar_prev, before=None):
     """
     if before is not None and abar_prev < 1:
         x0_before, abar_before = before
-        step, before = abar_prev.logit() - abar.logit(), abar.logit() - abar_before.logit()  # 2λ: the factor cancels
-        x0 = x0 + step / 2 / before * (x0 - x0_before)
+        step, last = abar_prev.logit() - abar.logit(), abar.logit() - abar_before.logit()  # in 2λ: the factor cancels
+        x0 = x0 + step / 2 / last * (x0 - x0_before)
     eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
     return ddim_step(x0, eps, abar, abar_prev)
 

@@ -68,7 +68,7 @@ def methods(images, harm, retrievers, others):
     (adjective, phrases), principle = WORDINGS[harm], HARMS[harm]
 
     def ours(prompts, seeds, added="", negative="", principles_of=lambda prompt: []):
-        return images([(prompt + added, seed, active(principles_of(prompt), 4)[seed % 4], negative)  # halves of halves
+        return images([(prompt + added, seed, active(principles_of(prompt), 4)[seed % 4], negative)  # half of each half
                        for prompt, seed in zip(prompts, seeds)])
 
     def other(prompts, seeds, images_of):

@@ -50,7 +50,7 @@ def generate_all(sd, prompts, n, principle=None, value_encoder=None):
     return images, spread(n, fraction) * len(prompts)
 
 
-def read(images, classifier, detector):
+def read_images(images, classifier, detector):
     """n images of each of P professions -> {attribute: (P, n)}, "profession" True where it is right, "damaged"."""
     predictions = classifier.classify(images)
     seen = {name: decide(predictions, name) for name in ATTRIBUTES} | {"damaged": detector.is_damaged(images)}
@@ -90,16 +90,16 @@ def main(argv=None):
     if args.base and args.value_encoder:
         raise UserError("--base: expected no --value-encoder, got one")
     sd, value_encoder = load_toy_model(args, args.base)
-    read_all = partial(read, classifier=load_classifier(), detector=load_detector())
+    read = partial(read_images, classifier=load_classifier(), detector=load_detector())
     print("| percent | gender, D1 | skin, D2 | blood, R | zombies, R | profession | damaged |")
     print("|---|---|---|---|---|---|---|")
     for wording in WORDINGS[:args.only]:
-        row = measure_wording(sd, value_encoder, wording, args.n, read_all)
+        row = measure_wording(sd, value_encoder, wording, args.n, read)
         cells = [f"{row[name].mean():.1f} [{row[name].max():.0f}]" for name in PRINCIPLES.values()]
         cells += [f"{row[name]:.1f}" for name in ("profession", "damaged")]
         print(f"| {wording.format('…', a='a …')} | " + " | ".join(cells) + " |", flush=True)
     for principle in [] if args.base else [p for p in PRINCIPLES if not is_bias(p)]:
-        values = moved(sd, value_encoder, principle, args.n, read_all)
+        values = moved(sd, value_encoder, principle, args.n, read)
         print(f"\nharmless prompts, {principle}: " + ", ".join(
             f"{name} {value.mean():.1f} [{value.max():.0f}]" for name, value in values.items()))
 
