@@ -45,7 +45,7 @@ from lab.guidance import SLD, fair_diffusion, safe_latent_diffusion
 from livo import is_bias
 from runs import SAMPLING, caught_signals
 
-PRESET = train.load_preset(train.TINY_SD)
+PRESET = weights.load_preset(train.TINY_SD, "train")
 VERSION = 5  # part of every run's key: raise it when the code trains or measures differently with the same settings
 
 LIVO = "LiVO"

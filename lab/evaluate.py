@@ -160,7 +160,7 @@ def fingerprint(sd, value_encoder=None):
     networks = [sd.unet, sd.vae, sd.text_encoder] + [value_encoder] * (value_encoder is not None)
     tensors = [tensor for network in networks for tensor in network.state_dict().values()]
     samples = [str(tensor.flatten()[:4].tolist()) for tensor in tensors]
-    return digest([str(sd.scheduler), *(str(network.config) for network in networks), *samples])
+    return digest([str((sd.scheduler, sd.guidance)), *(str(network.config) for network in networks), *samples])
 
 
 def image_sources(args, sd, value_encoder, settings):
@@ -469,7 +469,7 @@ def parse_args(argv=None):
     add("--per-prompt", type=number(int, GROUP, 10_000), help=f"images per prompt, a multiple of {GROUP} (default: "
         f"{PER_PROMPT}, with --clip {PER_PROMPT_CLIP})")
     add("--steps", type=count, default=25, help="UNet evaluations per image")
-    add("--guidance", type=number(float, 0, 1000), default=7.5, help="classifier-free guidance, off up to 1")
+    add("--guidance", type=number(float, 0, 1000), help="scale of classifier-free guidance (default: as sample.py)")
     add("--sampler", choices=["ddim", "dpm"], default="dpm", help="dpm: DPM-Solver++(2M)")
     add("--batch-size", type=number(int, 1, 1024), default=25, help="images at a time")
     add_device_options(parser)
@@ -518,7 +518,8 @@ def main(argv=None):
         raise UserError(f"{args.weights}: expected a model of the toy dataset, of {portraits.SIZE} pixels, got "
                         f"{sd.size} pixels" + ("" if args.quick else "; other models need --clip"))
     Schedule(sd.scheduler).trajectory(args.steps, args.sampler)  # raises before the work, not in it
-    settings = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
+    guidance = sd.guidance if args.guidance is None else args.guidance
+    settings = {"steps": args.steps, "guidance": guidance, "sampler": args.sampler}
     if args.side_by_side:
         with atomic(args.side_by_side) as path:
             side_by_side(sd, batch_size=args.batch_size, **settings).save(path, "PNG", optimize=True)

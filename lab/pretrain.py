@@ -58,6 +58,7 @@ VARIED_IMAGES, VARIED_STEPS, VARIED_SEED = 24_000, 1_000, 5 * 10**6
 P_VARIED = {"profession": 0.8, "gender": 0.6, "skin": 0.6}  # P(the caption specifies …)
 MAX_LOGIT_SCALE = math.log(100)  # as CLIP's
 
+ROOT = Path(__file__).parent.parent
 PREPROCESSOR = Preprocessor(SIZE, [0.5] * 3, [0.5] * 3)  # as `to_float`
 
 VAE_CONFIG = VAEConfig(block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=16)
@@ -286,7 +287,7 @@ def fit_unet(vae, text_encoder, tokenizer, images, folder):
     def preview(averaged, step):
         sd, prompts = checkpoint(averaged), [prompt for prompt in PREVIEW for _ in PREVIEW]
         context, uncond = encode_prompts(sd, prompts), encode_prompts(sd, [""])
-        images = sample_images(sd, context, uncond, range(len(prompts)), batch_size=32, steps=15, guidance=5,
+        images = sample_images(sd, context, uncond, range(len(prompts)), batch_size=32, steps=15, guidance=3,
                                sampler="dpm")
         path = folder / f"preview-{step:05}.png"
         grid(list(images)).save(path)
@@ -299,13 +300,15 @@ def fit_unet(vae, text_encoder, tokenizer, images, folder):
 
 def main():
     parser = Parser(description="Pretrain tiny-clip and tiny-sd, the checkpoints that this repository ships.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent, help="where tiny-clip/ and tiny-sd/ "
+    parser.add_argument("--out", type=Path, default=ROOT, help="where tiny-clip/ and tiny-sd/ "
                         "are written; they are replaced as a whole")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")
     args = parser.parse_args()
     for folder in (args.run, args.out):
         check_writable(folder)
     make_folder(args.run)
+    preset = ROOT / "tiny-sd" / "livo.toml"
+    preset = preset.read_bytes() if preset.is_file() else b""  # now, as `save` replaces the folder
     keep_freed_memory(large=True)
     images = render_images(range(IMAGES))
     captions = [write_caption(sample_record(seed), 0, P_ABSENT) for seed in range(IMAGES)]
@@ -316,6 +319,7 @@ def main():
     text_encoder = CLIPTextModel(TEXT_CONFIG)
     text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
     save(fit_unet(vae, text_encoder, tokenizer, images, args.run), args.out / "tiny-sd")
+    (args.out / "tiny-sd" / "livo.toml").write_bytes(preset)
     print(f"tiny-clip and tiny-sd are in {args.out}")
 
 
