@@ -179,14 +179,15 @@ class Setup:
         self.dataset = PreferenceDataset(root, self.sd, args.out.parent / "cache")
         self.classifier, self.detector = load_classifier(), load_detector()
         others = {name: value for name, value in PRESET.items() if name not in {*MARGINS, "lr"}}  # each has its own lr
-        key = VERSION, evaluate.VERSION, others, SAMPLING, TUNING, REPORT, self.classifier.name, self.dataset.key
+        sampling = SAMPLING | {"guidance": self.sd.guidance}
+        key = VERSION, evaluate.VERSION, others, sampling, TUNING, REPORT, self.classifier.name, self.dataset.key
         self.model = f"{fingerprint(self.sd)} {digest(map(str, key))}"
         self.generate = partial(generated, self.sd, None, SAMPLING)
         self.base = kept(self.generate, args.out / "images", self.model)
 
     def about(self, this):
         return {"method": this.method, "settings": this.settings, "seed": this.seed, "model": self.model,
-                "steps": steps_of(this, self.args), "per_prompt": self.args.per_prompt,
+                "guidance": self.sd.guidance, "steps": steps_of(this, self.args), "per_prompt": self.args.per_prompt,
                 "margins": MARGINS if this.method in HINGES else {}}
 
     def carry_out(self, this):
@@ -265,7 +266,7 @@ def collect(out):
     if not base.file.exists():
         raise UserError(f"{out}: expected finished runs, got none")
     found = load_curve(base.file)
-    about = {key: found["about"].get(key) for key in ("model", "per_prompt")}
+    about = {key: found["about"].get(key) for key in ("model", "guidance", "per_prompt")}
     results = {"about": about, "base": found["curve"][-1], "tuning": [], "methods": {}}
     for this in runs:
         if not this.file.exists():

@@ -160,7 +160,7 @@ def fingerprint(sd, value_encoder=None):
     networks = [sd.unet, sd.vae, sd.text_encoder] + [value_encoder] * (value_encoder is not None)
     tensors = [tensor for network in networks for tensor in network.state_dict().values()]
     samples = [str(tensor.flatten()[:4].tolist()) for tensor in tensors]
-    return digest([str((sd.scheduler, sd.guidance)), *(str(network.config) for network in networks), *samples])
+    return digest([str(sd.scheduler), *(str(network.config) for network in networks), *samples])
 
 
 def image_sources(args, sd, value_encoder, settings):
@@ -540,7 +540,8 @@ def main(argv=None):
         from lab import comparison  # which imports this module
         with expecting(TRAINED, "results of lab.baselines"):
             trained = read_json(TRAINED)
-            if trained["about"]["model"].startswith(fingerprint(sd)):  # of this model
+            about = trained["about"]
+            if about["model"].startswith(fingerprint(sd)) and about.get("guidance", 7.5) == settings["guidance"]:
                 print(comparison.tables(trained))
     print(f"\nresults.json and chart.png in {args.out}")
 

@@ -162,8 +162,9 @@ def test_draw_renders_another_mix_and_another_principle_is_a_line(tmp_path):
 def test_tiny_sd_is_small_and_diffusers_generates_the_same_images(shipped):
     assert sum(path.stat().st_size for path in TINY_SD.rglob("*") if path.is_file()) <= 16e6
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(TINY_SD, torch_dtype=torch.float32)
-    reference = pipe("a zombie chef", num_inference_steps=9, num_images_per_prompt=2, generator=[
-        torch.Generator().manual_seed(seed) for seed in (4, 5)]).images
+    generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    reference = pipe("a zombie chef", num_inference_steps=9, guidance_scale=shipped[0].guidance,
+                     num_images_per_prompt=2, generator=generators).images
     ours = sample.generate(shipped[0], "a zombie chef", "", [], None, [4, 5], steps=9)
     assert abs(pixels(image for _, image, _ in ours) - pixels(reference)).max() <= 1
 
