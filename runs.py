@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import tomllib
 import warnings
 from dataclasses import field, fields
 from datetime import timedelta
@@ -23,13 +24,12 @@ from data import is_preservation
 from livo import aligned_hinge, livo_loss, violating_hinge
 from retrieve import retrieve
 from sample import MAX_PRINCIPLES, captioned, generate
-from weights import load_preset
 
 TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
 RANK, WORLD = (int(text) if (text := os.environ.get(name, "")[:9]).isdecimal() else default  # set by torchrun
                for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 LOGGED = "active_w", "active_l", "delta_w", "delta_l", "ref"  # numbers of a line of the log
-SAMPLING = {"steps": 12, "sampler": "dpm", "batch_size": 16}  # of sample sheets and the last table
+SAMPLING = {"steps": 12, "sampler": "dpm", "guidance": 7.5, "batch_size": 16}  # of sample sheets and the last table
 
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -47,6 +47,15 @@ def add_options(parser, cls, preset):
                             type=kind if kind is str else number(kind, *option.metadata["limits"]))
 
 
+def load_preset(weights):
+    """The settings that come with a checkpoint, livo.toml in its folder: {name: value}, empty without one."""
+    file = Path(os.path.expanduser(weights)) / "livo.toml"  # as weights.local: it never raises
+    try:
+        return tomllib.loads(regular(file, "settings", 2**20).read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: expected settings in TOML, got: {error}") from error
+
+
 def parse_settings(parser, cls, argv):
     """-> parsed arguments, settings, the run's folder.
 
@@ -60,7 +69,7 @@ def parse_settings(parser, cls, argv):
     else:
         folder, file = args.out or Path("runs/livo"), f"{args.weights}/livo.toml"
         check_new(folder)
-        values = load_preset(args.weights, "train")
+        values = load_preset(args.weights)
     try:  # as if typed before the user's options: checked the same way, and overruled by these
         if folders := [name for name in values if "out".startswith(name) or "resume".startswith(name)]:  # or shortened
             raise UserError(f"expected no folder of a run, got {', '.join(folders)}")

@@ -55,13 +55,13 @@ def latent_size(sd, height=None, width=None):
     return (height // f if height else default), (width // f if width else default)
 
 
-def sample_images(sd, context, uncond, seeds, *, height=None, width=None, guidance=None, batch_size=BATCH_SIZE,
+def sample_images(sd, context, uncond, seeds, *, height=None, width=None, batch_size=BATCH_SIZE,
                   after_step=lambda b: None, **settings):
     """Yield one PIL image for each of the N seeds, batch by batch.
 
     context, uncond: (N, L, C), or (1, L, C) for all seeds; the same L. height, width: in pixels.
-    guidance: None for the model's. after_step(b): called after every step of a batch of b.
-    settings: steps, sampler, eta, deep_every of `denoise`.
+    after_step(b): called after every step of a batch of b. settings: steps, guidance, sampler, eta, deep_every of
+        `denoise`.
     """
     h, w = latent_size(sd, height, width)
     schedule, device = Schedule(sd.scheduler), next(sd.unet.parameters()).device
@@ -70,8 +70,8 @@ def sample_images(sd, context, uncond, seeds, *, height=None, width=None, guidan
         rows = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
         latents = sample_noise(generators, (sd.unet.config.in_channels, h, w), device)
-        for latents in denoise(sd.unet, schedule, latents, context[rows], uncond[rows], generators=generators,
-                               guidance=sd.guidance if guidance is None else guidance, **settings):
+        for latents in denoise(sd.unet, schedule, latents, context[rows], uncond[rows],
+                               generators=generators, **settings):
             after_step(len(latents))
         yield from to_images(sd.vae, latents)
 
@@ -188,8 +188,7 @@ def parse_args(argv=None):
     add("--tokenizer", help="folder of the tokenizer, for weights that come without one")
     add("--prediction", choices=["epsilon", "v_prediction"], help="what the UNet predicts, if the weights do not say")
     add("--steps", type=count, default=50, help="UNet evaluations per image")
-    add("--guidance", type=number(float, 0, 1000), help="scale of classifier-free guidance, off up to 1 (default: 7.5, "
-        "or that of the weights' livo.toml; tiny-sd: 3)")
+    add("--guidance", type=number(float, 0, 1000), default=7.5, help="classifier-free guidance, off up to 1")
     add("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="ddim: fresh noise per step")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of the first image")
@@ -217,8 +216,6 @@ def main(argv=None):
     check_writable(args.out)
     sd = weights.load(args.weights, dtype=dtype, device=device, tokenizer=args.tokenizer,
                       prediction_type=args.prediction)
-    if args.guidance is None:
-        args.guidance = sd.guidance
     if args.compile:
         compile_unet(sd.unet)
     Schedule(sd.scheduler).trajectory(args.steps, args.sampler)  # raise before the work, not in it

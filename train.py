@@ -27,7 +27,7 @@ from diffusion import Schedule
 from efficiency import add_device_options, checkpoint_layers, keep_freed_memory, pick_device
 from livo import (ALPHA, BETA, GAMMA1, GAMMA2, ValueEncoder, aligned_hinge, load_value_encoder, make_context,
                   violating_hinge)
-from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new, join_processes, one_first,
+from runs import (RANK, TOY, WORLD, Log, add_options, caught_signals, check_new, join_processes, load_preset, one_first,
                   parse_margins, parse_settings, resume, save_checkpoint, save_samples, save_settings, setting,
                   sum_over_processes, summarize, warn_if_saturated)
 from unet import ResnetBlock, SpatialTransformer
@@ -225,7 +225,7 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
 
 def parse_args(argv=None):
     parser = Parser(description="Train a value encoder with the LiVO loss.")
-    add_options(parser, Settings, weights.load_preset(TINY_SD, "train"))
+    add_options(parser, Settings, load_preset(TINY_SD))
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--out", type=Path, help="folder of the run (default: runs/livo)")
     folder.add_argument("--resume", type=Path, help="folder of a run to resume; options given anew win")
@@ -271,7 +271,7 @@ def carry_out(args, s, folder, sd):
         save_samples(sd, value_encoder, dataset, folder / "samples" / "final.png")
         if s.data == TOY:
             toy.print_table(sd, value_encoder)
-        elif weights.load_preset(s.weights, "train").get("data") == TOY:
+        elif load_preset(s.weights).get("data") == TOY:
             print(f"measure it with: python -m lab.evaluate --quick {folder}")
         print(f"the value encoder is in {folder / 'value_encoder'}, images are in {folder / 'samples'}")
 

@@ -10,7 +10,6 @@ put in channels_last. No file can run code.
 """
 
 import os
-import tomllib
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +39,6 @@ class StableDiffusion:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: dict  # of scheduler_config.json; prediction_type is always set
-    guidance: float = 7.5  # scale of classifier-free guidance where none is given
 
     @property
     def size(self):
@@ -80,25 +78,7 @@ def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer
             networks[name].to(memory_format=torch.channels_last)
     if device.type == "cpu":
         efficiency.keep_freed_memory()
-    return StableDiffusion(**networks, tokenizer=tokenizer, scheduler={**scheduler, "prediction_type": prediction},
-                           **load_preset(source, "sample"))
-
-
-def load_preset(source, table):
-    """Settings that come with a checkpoint: a table of livo.toml in its folder, empty without one.
-
-    table: "train", options of train.py, or "sample", the guidance. Raises UserError for any other file of that name.
-    """
-    file = Path(os.path.expanduser(source)) / "livo.toml"  # as `local`: it never raises
-    try:
-        text = regular(file, "settings", 2**20).read_text(encoding="utf-8") if file.is_file() else ""
-        preset = {"train": {}, "sample": {}} | tomllib.loads(text)
-        if preset.keys() > {"train", "sample"} or preset["sample"].keys() - {"guidance"} or not (
-                0 <= preset["sample"].get("guidance", 0) <= 1000):
-            raise ValueError("something else than [train] and [sample], with guidance from 0 to 1000")
-        return {**preset[table]}
-    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: expected settings in TOML, got: {error}") from error
+    return StableDiffusion(**networks, tokenizer=tokenizer, scheduler={**scheduler, "prediction_type": prediction})
 
 
 def load_text_encoder(source, *, network=CLIPTextModel, dtype=torch.float32, device="cpu"):

@@ -45,7 +45,7 @@ from lab.guidance import SLD, fair_diffusion, safe_latent_diffusion
 from livo import is_bias
 from runs import SAMPLING, caught_signals
 
-PRESET = weights.load_preset(train.TINY_SD, "train")
+PRESET = train.load_preset(train.TINY_SD)
 VERSION = 5  # part of every run's key: raise it when the code trains or measures differently with the same settings
 
 LIVO = "LiVO"
@@ -179,15 +179,14 @@ class Setup:
         self.dataset = PreferenceDataset(root, self.sd, args.out.parent / "cache")
         self.classifier, self.detector = load_classifier(), load_detector()
         others = {name: value for name, value in PRESET.items() if name not in {*MARGINS, "lr"}}  # each has its own lr
-        sampling = SAMPLING | {"guidance": self.sd.guidance}
-        key = VERSION, evaluate.VERSION, others, sampling, TUNING, REPORT, self.classifier.name, self.dataset.key
+        key = VERSION, evaluate.VERSION, others, SAMPLING, TUNING, REPORT, self.classifier.name, self.dataset.key
         self.model = f"{fingerprint(self.sd)} {digest(map(str, key))}"
         self.generate = partial(generated, self.sd, None, SAMPLING)
         self.base = kept(self.generate, args.out / "images", self.model)
 
     def about(self, this):
         return {"method": this.method, "settings": this.settings, "seed": this.seed, "model": self.model,
-                "guidance": self.sd.guidance, "steps": steps_of(this, self.args), "per_prompt": self.args.per_prompt,
+                "steps": steps_of(this, self.args), "per_prompt": self.args.per_prompt,
                 "margins": MARGINS if this.method in HINGES else {}}
 
     def carry_out(self, this):
@@ -266,7 +265,7 @@ def collect(out):
     if not base.file.exists():
         raise UserError(f"{out}: expected finished runs, got none")
     found = load_curve(base.file)
-    about = {key: found["about"].get(key) for key in ("model", "guidance", "per_prompt")}
+    about = {key: found["about"].get(key) for key in ("model", "per_prompt")}
     results = {"about": about, "base": found["curve"][-1], "tuning": [], "methods": {}}
     for this in runs:
         if not this.file.exists():

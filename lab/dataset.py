@@ -324,7 +324,7 @@ def add_build_options(parser):
     add("--steps", type=count, help=f"UNet evaluations per image (default: {TOY_STEPS} for models of the toy dataset, "
         f"else {STEPS})")
     add("--sampler", choices=["ddim", "dpm"], default="dpm", help="dpm: DPM-Solver++(2M)")
-    add("--guidance", type=number(float, 0, 1000), help="scale of classifier-free guidance (default: as sample.py)")
+    add("--guidance", type=number(float, 0, 1000), default=7.5, help="guidance scale; off up to 1")
     add("--batch-size", type=number(int, 1, 1024), default=16, help="images at a time")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of everything random")
     add("--format", choices=["png", "jpg"], default="png", help="of the images")
@@ -394,8 +394,7 @@ def build_command(args):
     sd = weights.load(args.weights, dtype=dtype, device=device, tokenizer=args.tokenizer,
                       prediction_type=args.prediction)
     steps = args.steps or (TOY_STEPS if sd.size == portraits.SIZE else STEPS)
-    guidance = sd.guidance if args.guidance is None else args.guidance
-    sampling = {"steps": steps, "sampler": args.sampler, "guidance": guidance}
+    sampling = {"steps": steps, "sampler": args.sampler, "guidance": args.guidance}
     Schedule(sd.scheduler).trajectory(steps, args.sampler)  # raises before the work, not in it
     name, classify, principles = choose_classifier(args, sd, device, concepts)
     settings = {

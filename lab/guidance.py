@@ -78,7 +78,7 @@ def safety_guidance(uncond, concept, cond, *, momentum, step, guidance, scale, t
 
 def safe_latent_diffusion(sd, settings, prompt, seeds, **options):
     """-> one PIL image per seed. It reads no principle: the concept names both toxicity categories."""
-    guide = partial(safety_guidance, guidance=settings.get("guidance", sd.guidance), **options)
+    guide = partial(safety_guidance, guidance=settings["guidance"], **options)
     return generate_guided(sd, settings, prompt.text, seeds, [SAFETY_CONCEPT], guide)
 
 
@@ -114,7 +114,7 @@ def fair_diffusion(sd, settings, prompt, seeds, **options):
     attribute = toy.PRINCIPLES[prompt.principles[0]]
     majority = majority_class(attribute, prompt.profession)
     others = [value for value in toy.probabilities(attribute, prompt.profession) if value != majority]
-    guide, images = partial(fair_guidance, guidance=settings.get("guidance", sd.guidance), **options), [None] * len(seeds)
+    guide, images = partial(fair_guidance, guidance=settings["guidance"], **options), [None] * len(seeds)
     for i, value in enumerate(others[:len(seeds)]):
         texts = ["a portrait of " + with_article(f"{WORDINGS[word][0]} person") for word in (value, majority)]
         images[i::len(others)] = generate_guided(sd, settings, prompt.text, seeds[i::len(others)], texts, guide)

@@ -13,6 +13,7 @@ of this file.
 import copy
 import math
 import random
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -287,7 +288,7 @@ def fit_unet(vae, text_encoder, tokenizer, images, folder):
     def preview(averaged, step):
         sd, prompts = checkpoint(averaged), [prompt for prompt in PREVIEW for _ in PREVIEW]
         context, uncond = encode_prompts(sd, prompts), encode_prompts(sd, [""])
-        images = sample_images(sd, context, uncond, range(len(prompts)), batch_size=32, steps=15, guidance=3,
+        images = sample_images(sd, context, uncond, range(len(prompts)), batch_size=32, steps=15, guidance=5,
                                sampler="dpm")
         path = folder / f"preview-{step:05}.png"
         grid(list(images)).save(path)
@@ -300,15 +301,16 @@ def fit_unet(vae, text_encoder, tokenizer, images, folder):
 
 def main():
     parser = Parser(description="Pretrain tiny-clip and tiny-sd, the checkpoints that this repository ships.")
-    parser.add_argument("--out", type=Path, default=ROOT, help="where tiny-clip/ and tiny-sd/ "
-                        "are written; they are replaced as a whole")
+    parser.add_argument("--out", type=Path, default=ROOT, help="where tiny-clip/ and tiny-sd/ are written; "
+                        "they are replaced as a whole, but for livo.toml")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="state to resume from, previews")
     args = parser.parse_args()
     for folder in (args.run, args.out):
         check_writable(folder)
     make_folder(args.run)
-    preset = ROOT / "tiny-sd" / "livo.toml"
-    preset = preset.read_bytes() if preset.is_file() else b""  # now, as `save` replaces the folder
+    preset, kept = ROOT / "tiny-sd" / "livo.toml", args.run / "livo.toml"
+    if preset.is_file():
+        shutil.copy(preset, kept)  # now, as `save` replaces the folder
     keep_freed_memory(large=True)
     images = render_images(range(IMAGES))
     captions = [write_caption(sample_record(seed), 0, P_ABSENT) for seed in range(IMAGES)]
@@ -319,7 +321,8 @@ def main():
     text_encoder = CLIPTextModel(TEXT_CONFIG)
     text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
     save(fit_unet(vae, text_encoder, tokenizer, images, args.run), args.out / "tiny-sd")
-    (args.out / "tiny-sd" / "livo.toml").write_bytes(preset)
+    if kept.is_file():
+        shutil.copy(kept, args.out / "tiny-sd")
     print(f"tiny-clip and tiny-sd are in {args.out}")
 
 

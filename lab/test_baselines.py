@@ -238,7 +238,7 @@ def test_fair_diffusion_edits_towards_each_other_class(monkeypatch):
     monkeypatch.setattr(guidance, "generate_guided", lambda sd, settings, prompt, seeds, texts, guide: calls.append(
         (seeds, texts)) or [*seeds])
     nurse = comparison.Prompt("a nurse", "nurse", (RACE,))
-    assert guidance.fair_diffusion(SimpleNamespace(guidance=1.0), {}, nurse, [5, 6, 7, 8, 9]) == [5, 6, 7, 8, 9]
+    assert guidance.fair_diffusion(None, {"guidance": 1.0}, nurse, [5, 6, 7, 8, 9]) == [5, 6, 7, 8, 9]
     assert [seeds for seeds, _ in calls] == [[5, 9], [6], [7], [8]]
     assert calls[0][1] == ["a portrait of a pale-skinned person", "a portrait of a light-skinned person"]
     assert len({texts[0] for _, texts in calls}) == 4
