@@ -1,6 +1,7 @@
 """Save a whole Stable Diffusion as a folder that diffusers and transformers open too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from vae import VAE
 from weights import SCHEDULER, save_text_encoder, write_network
 
 
-def save(sd, folder, dtype=torch.float16):
-    """Write the diffusers layout, atomically."""
+def save(sd, folder, dtype=torch.float16, preset=None):
+    """Write the diffusers layout, atomically. preset: path of a livo.toml that is copied into it, if there is one."""
     index = dict(
         _class_name="StableDiffusionPipeline", _diffusers_version="0.20.0", feature_extractor=[None, None],
         requires_safety_checker=False, safety_checker=[None, None],
@@ -31,6 +32,8 @@ def save(sd, folder, dtype=torch.float16):
         write_network(sd.unet, root / "unet", stem, dtype, **FIXED[UNet])
         write_network(sd.vae, root / "vae", stem, dtype, **vae)
         save_text_encoder(sd.text_encoder, root / "text_encoder", dtype)
+        if preset and preset.is_file():  # it may lie in the folder that is replaced
+            shutil.copy(preset, root / "livo.toml")
 
 
 def save_tokenizer(tokenizer, folder):

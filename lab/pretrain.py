@@ -13,7 +13,6 @@ of this file.
 import copy
 import math
 import random
-import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -308,9 +307,6 @@ def main():
     for folder in (args.run, args.out):
         check_writable(folder)
     make_folder(args.run)
-    preset, kept = ROOT / "tiny-sd" / "livo.toml", args.run / "livo.toml"
-    if preset.is_file():
-        shutil.copy(preset, kept)  # now, as `save` replaces the folder
     keep_freed_memory(large=True)
     images = render_images(range(IMAGES))
     captions = [write_caption(sample_record(seed), 0, P_ABSENT) for seed in range(IMAGES)]
@@ -320,9 +316,8 @@ def main():
     vae = fit_vae(images, args.run).eval()
     text_encoder = CLIPTextModel(TEXT_CONFIG)
     text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
-    save(fit_unet(vae, text_encoder, tokenizer, images, args.run), args.out / "tiny-sd")
-    if kept.is_file():
-        shutil.copy(kept, args.out / "tiny-sd")
+    sd = fit_unet(vae, text_encoder, tokenizer, images, args.run)
+    save(sd, args.out / "tiny-sd", preset=ROOT / "tiny-sd" / "livo.toml")
     print(f"tiny-clip and tiny-sd are in {args.out}")
 
 
