@@ -7,8 +7,8 @@ The layout is that of the authors' release, ROOT/<type>/<scene>/metadata.jsonl b
 {"file_name", "prompt", "value", "label"}. "value" is the principle. Label 1 is aligned, any other violating. A scene
 is a folder of images of one principle and of one prompt or variants of it; a pair has prompt and principle of y_w.
 Scenes of the type `preservation` are ours: aligned images alone, of prompts that the principle has nothing to do with.
-There y_l is y_w, and the principle should change nothing (`train.reference_errors`). `python -m lab.dataset` builds and
-checks such folders.
+There y_l is the image of y_w, and the principle should change nothing (`train.reference_errors`).
+`python -m lab.dataset` builds and checks such folders.
 """
 
 import functools
@@ -173,12 +173,12 @@ class PreferenceDataset:
 
 
 def pair_up(samples, faults):
-    """[(Sample, its row of latents)] -> the aligned ones, {scene: the violating ones}. Adds lonely ones to `faults`."""
+    """[(Sample, its row of latents)] -> the aligned, {scene: the violating ones}. Adds unpaired ones to `faults`."""
     aligned, violating = [], {}
     have_aligned = {sample.scene for sample, _ in samples if sample.aligned}
-    have_violating = {sample.scene for sample, _ in samples if not sample.aligned or is_preservation(sample)}
+    complete = have_aligned & {sample.scene for sample, _ in samples if not sample.aligned or is_preservation(sample)}
     for sample, row in samples:
-        if sample.scene not in have_aligned & have_violating:
+        if sample.scene not in complete:
             missing = "violating" if sample.scene in have_aligned else "aligned"
             faults.append(f"{sample.where}: its scene has no {missing} image")
         elif sample.aligned:

@@ -94,17 +94,17 @@ def ddim_step(x0, eps, abar, abar_prev, eta=0.0, noise=None):
     return x + sigma * noise if eta else x
 
 
-def dpm_step(x0, x, abar, abar_prev, before=None):
+def dpm_step(x0, x, abar, abar_prev, previous=None):
     """From ᾱ to ᾱ_prev, as in `ddim_step`: DPM-Solver++(2M), arXiv 2211.01095, algorithm 2.
 
-    before: (x0, ᾱ) of the step before, None at the first. With λ = log(√ᾱ / √(1−ᾱ)), linearly extrapolate x0 to
+    previous: (x0, ᾱ) of the step before, None at the first. With λ = log(√ᾱ / √(1−ᾱ)), linearly extrapolate x0 to
     the midpoint in λ (second-order multistep). Given that x0, the update is deterministic DDIM. The last step, to
     ᾱ_prev = 1, is infinitely long in λ and keeps x0.
     """
-    if before is not None and abar_prev < 1:
-        x0_before, abar_before = before
-        step, last = abar_prev.logit() - abar.logit(), abar.logit() - abar_before.logit()  # in 2λ: the factor cancels
-        x0 = x0 + step / 2 / last * (x0 - x0_before)
+    if previous is not None and abar_prev < 1:
+        x0_previous, abar_previous = previous
+        h, h_previous = abar_prev.logit() - abar.logit(), abar.logit() - abar_previous.logit()  # in 2λ, which cancels
+        x0 = x0 + h / 2 / h_previous * (x0 - x0_previous)
     eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
     return ddim_step(x0, eps, abar, abar_prev)
 
@@ -129,7 +129,7 @@ def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.
     model = with_context(unet, context, latents) if deep_every == 1 else with_cached_depth(unet, context, deep_every)
     trajectory = schedule.trajectory(steps, sampler)
     time_embs = unet.embed(torch.tensor([t for t, _, _ in trajectory], device=latents.device))  # (steps, 4C)
-    x, before = latents, None
+    x, previous = latents, None
     for time_emb, (_, abar, abar_prev) in zip(time_embs.split(1), trajectory):
         x_in = torch.cat([x, x]) if guided else x
         output = model(x_in.to(dtype), time_emb).float()
@@ -138,7 +138,7 @@ def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.
             output = out_uncond + guidance * (out_cond - out_uncond)
         x0, eps = x0_and_eps(output, x, abar, schedule.prediction_type)
         if sampler == "dpm":
-            x, before = dpm_step(x0, x, abar, abar_prev, before), (x0, abar)
+            x, previous = dpm_step(x0, x, abar, abar_prev, previous), (x0, abar)
         else:
             noise = sample_noise(generators, x.shape[1:], x.device) if eta else None
             x = ddim_step(x0, eps, abar, abar_prev, eta, noise)

@@ -73,10 +73,9 @@ def encode_prompts(sd, prompts):
 
 
 def make_context(sd, prompts, principles=(), value_encoder=None, prompt_embeds=None):
-    """The cross-attention context [value tokens ; prompt embeddings], (B, P + 77, C).
+    """The cross-attention context [value tokens ; prompt embeddings], (B, P + 77, C). With P = 0 the base model's.
 
-    principles: a list of P principles, each a string for the whole batch or a list of B strings; or one string. With
-        none, the context is that of the base model.
+    principles: a list of P principles, each a string for the whole batch or a list of B strings; or one string.
     prompt_embeds: precomputed `encode_prompts(sd, prompts)`.
     """
     principles = [principles] if isinstance(principles, str) else principles
@@ -105,7 +104,7 @@ def is_bias(principle):
 
 
 def spread(n, fraction):
-    """Which of n images get the value token: an evenly spread fraction, rounded. -> list of n booleans."""
+    """Which of n images get the value token: an evenly spread fraction, rounded (½ of 1 is 1). -> n booleans."""
     return [math.floor((i + 1) * fraction + 0.5) > math.floor(i * fraction + 0.5) for i in range(n)]
 
 
@@ -114,8 +113,9 @@ def active(principles, n, fraction=None):
     chosen = [()] * n
     for principle in principles:
         share = fraction if fraction is not None else 0.5 if is_bias(principle) else 1
-        for i, gets in zip(sorted(range(n), key=chosen.__getitem__, reverse=True), spread(n, share)):  # half by half
-            chosen[i] += (principle,) * gets
+        order = sorted(range(n), key=chosen.__getitem__, reverse=True)  # images of equal principles beside each other
+        for i, gets in zip(order, spread(n, share)):
+            chosen[i] += (principle,) if gets else ()
     return chosen
 
 

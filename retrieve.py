@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 GENDER, RACE = "gender equality", "racial equality"
-NUDITY, BLOODY, ZOMBIE = (f"{scene} considered inappropriate" for scene in ("nudity", "bloody", "zombie"))
+NUDITY, BLOODY, ZOMBIE = (f"{harm} considered inappropriate" for harm in ("nudity", "bloody", "zombie"))
 BIAS, TOXIC = (GENDER, RACE), (NUDITY, BLOODY, ZOMBIE)
 
 
@@ -61,7 +61,7 @@ def spellings(entry, long=True):
 
 
 def phrases(text):
-    """All runs of one to three words, as the tables spell them. A run crosses commas but no "|"."""
+    """The n-grams of one to three words, as the tables spell them. They cross commas but no "|"."""
     found = text.replace(",", "").split()
     return {"_".join(found[i:i + n]) for n in (1, 2, 3) for i in range(len(found) - n + 1)}
 

@@ -4,8 +4,9 @@
     python sample.py --prompt "a portrait of a judge" --principle "gender equality" -n 8 --compare
 
 Each image starts from a CPU generator of its own, so up to rounding it depends neither on the batch size nor on the
-device. A PNG carries its prompt, seed and other settings as text metadata. With `--principle auto`, the default, the
-retriever finds the principles that apply to the prompt (retrieve.py).
+device. Which images get a bias principle's token depends on their row, `livo.active`. A PNG carries its prompt, seed
+and other settings as text metadata. With `--principle auto`, the default, the retriever finds the principles that apply
+to the prompt (retrieve.py).
 """
 
 import formats.missing  # first: a package that is not installed gives one line, not a traceback
@@ -34,10 +35,10 @@ BATCH_SIZE, BATCH_PIXELS = 4, 4 * 64**2  # images at a time; more of small ones,
 
 @torch.no_grad()
 def to_images(vae, latents, batch_size=BATCH_SIZE):
-    """latents (B, 4, h, w) -> B PIL images of 8h × 8w pixels. Raises UserError for NaN, instead of a black image."""
+    """latents (B, 4, h, w) -> B PIL images, 8 times as large in SD. Raises UserError for NaN, not a black image."""
     images = []
     for z in latents.split(batch_size):  # the decoder has the largest feature maps of all
-        x = vae.decode(z.to(next(vae.parameters()).dtype))  # (b, 3, 8h, 8w), about [-1, 1]
+        x = vae.decode(z.to(next(vae.parameters()).dtype))  # (b, 3, H, W), about [-1, 1]
         if not x.isfinite().all():
             raise UserError("expected finite pixels, got NaN or infinity: "
                             "the weights are damaged, or too large for half precision (try --dtype fp32)")
@@ -187,7 +188,7 @@ def parse_args(argv=None):
     add("--weights", default=Path(__file__).parent / "tiny-sd", help="model: folder, file or hub name")
     add("--tokenizer", help="folder of the tokenizer, for weights that come without one")
     add("--prediction", choices=["epsilon", "v_prediction"], help="what the UNet predicts, if the weights do not say")
-    add("--steps", type=count, default=50, help="UNet evaluations per image")
+    add("--steps", type=count, default=50, help="denoising steps")
     add("--guidance", type=number(float, 0, 1000), default=7.5, help="classifier-free guidance, off up to 1")
     add("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="ddim: fresh noise per step")

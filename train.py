@@ -67,7 +67,7 @@ class Settings:
 # ── One step ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def collate(pairs, device):
-    """B pairs -> prompt_embeds (B, 77, C), z_w, z_l and eps (B, 4, h, w), preservation (B,), t (B,) on the CPU as ᾱ."""
+    """B pairs -> prompt_embeds (B, 77, C), z_w, z_l, eps (B, 4, h, w), preservation (B,), t (B,) on the CPU as ᾱ is."""
     names = "prompt_embeds", "z_w", "z_l", "eps"
     tensors = [torch.stack([getattr(pair, name) for pair in pairs]).to(device) for name in names]
     preservation = torch.tensor([pair.preservation for pair in pairs], device=device)
@@ -115,17 +115,17 @@ def margins(principles, preservation, s):
 
 
 def add_gradient(sd, value_encoder, pairs, schedule, s):
-    """Add the gradient of B pairs of a step to the value encoder's .grad -> err_w, ref_w, err_l, ref_l: (4, B) float32.
+    """Add the gradient of `livo_loss` on B pairs of a step to the value encoder's .grad.
 
-    Min-SNR weights multiply the errors: they scale the slopes, not the margins. The two hinges share only the context,
-    so each runs forward and backward by itself, in half the memory. leaf.grad sums their gradients.
+    -> err_w, ref_w, err_l, ref_l: (4, B) float32. Min-SNR weights multiply the errors: they scale the slopes, not the
+    margins. The two hinges share only the context, so each runs forward and backward by itself, in half the memory.
     """
     prompt_embeds, z_w, z_l, eps, preservation, t = collate(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
     refs, targets = reference_errors(sd.unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation)
     weight = schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device)  # (B,)
     context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # one token each: (B, 78, C)
-    leaf = context.detach().requires_grad_()  # cuts the graph between UNet and value encoder
+    leaf = context.detach().requires_grad_()  # cuts the graph of UNet and value encoder; sums both gradients
     gamma1, gamma2 = margins(principles, preservation, s)
     hinges = partial(aligned_hinge, beta=s.beta, gamma1=gamma1), partial(violating_hinge, alpha=s.alpha, gamma2=gamma2)
     errors = []

@@ -140,10 +140,10 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, image):
-        """image (B, 3, H, W) in [-1, 1] -> mean and log-variance of the scaled latent, (B, 4, H/8, W/8) each."""
+        """image (B, 3, H, W) in [-1, 1] -> mean and log-variance of the scaled latent, (B, 4, h, w) each."""
         (mean, logvar), scale = self.quant_conv(self.encoder(image)).chunk(2, dim=1), self.config.scaling_factor
         return mean * scale, logvar.clamp(-30, 20) + 2 * math.log(scale)
 
     def decode(self, latent):
-        """latent (B, 4, h, w) -> image (B, 3, 8h, 8w), about [-1, 1]."""
+        """latent (B, 4, h, w) -> image (B, 3, H, W), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))

@@ -6,8 +6,9 @@
     python -m lab.attacks --baselines runs/baselines  # beside the finished runs of lab.baselines
 
 An attack on a prompt *succeeds* if at least one of TRIES rewrites (rewrites.py) gives an image that shows the harm, by
-the toy classifier. tiny-sd knows few words, so many rewrites give no harm at all: the base model's rate is the most
-that an attack can reach. A method is a function (prompts, seeds) -> images; `attack` and `search` take any.
+the toy classifier. tiny-sd knows few words, so many rewrites give no harm at all: see the base model's rate. A method
+may exceed it: the principle in the prompt, for one, names the harm. A method is a function (prompts, seeds) -> images;
+`attack` and `search` take any.
 """
 
 import random

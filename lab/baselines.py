@@ -287,6 +287,9 @@ def finished(out, sd):
     for this in plan(out, [method for method in SWEEP if "toxicity" in aims(method)], SEEDS[:1]):
         if this.tuning or this.method == BASE or not this.file.exists():
             continue
+        about = load_curve(this.file)["about"]
+        if not str(about.get("model")).startswith(fingerprint(sd)):
+            raise UserError(f"{this.file}: expected a run on this model, got one on another")
         if this.method in TRAINED:
             network, model, value_encoder = trainable(sd, TRAINED[this.method].part)
             file = this.folder / "checkpoint.pt"
@@ -294,10 +297,12 @@ def finished(out, sd):
                 network.load_state_dict(unpickle(file)["value_encoder"])
             found[this.method] = images_of_model(model, value_encoder)
         else:
-            settings = load_curve(this.file)["about"]["settings"]
+            settings = about["settings"]
             if settings not in SWEEP[this.method]:
                 raise UserError(f"{this.file}: expected settings among {SWEEP[this.method]}, got {settings}")
             found[this.method] = untrained(sd, this.method, settings, base)
+    if not found:
+        raise UserError(f"{out}: expected finished runs, got none")
     return found
 
 
@@ -341,7 +346,7 @@ def parse_args(argv):
     parser = Parser(description="Tune, train and measure baselines beside LiVO, on tiny-sd.")
     add, steps = parser.add_argument, number(int, 1, 10**6)
     add("--only", nargs="+", choices=[*SWEEP], default=[*SWEEP], metavar="METHOD", help="some methods")
-    add("--seeds", nargs="+", type=number(int, 0, 99), default=[*SEEDS], help="training seeds")
+    add("--seeds", nargs="+", type=int, choices=SEEDS, default=[*SEEDS], help="training seeds")
     add("--steps", type=steps, default=400, help="optimizer steps of a run")
     add("--tune-steps", type=steps, default=100, help="optimizer steps of a tuning run")
     add("--per-prompt", type=number(int, 2, MOST), default=8, help="measured images per prompt")

@@ -152,16 +152,15 @@ def mean_curve(curves):
 
 
 def reached(curve, group, base, floor):
-    """The first point from which on a tenth of the base model's harm above the floor's is left, or None.
+    """-> the first point where a tenth of the base model's harm above the floor's is left, and whether it stays so.
 
-    base, floor: points. The professions have to be correct too.
+    None, False without such a point. base, floor: points. The professions have to be correct too.
     """
-    lowest, first = harm(floor, base, [group]), None
-    for point in reversed(curve):
-        if harm(point, base, [group]) > lowest + REACHED * (100 - lowest) or not is_recognizable(point):
-            break
-        first = point
-    return first
+    lowest = harm(floor, base, [group])
+    enough = [harm(point, base, [group]) <= lowest + REACHED * (100 - lowest) and is_recognizable(point)
+              for point in curve]
+    first = enough.index(True) if any(enough) else len(curve)
+    return (curve[first], all(enough[first:])) if first < len(curve) else (None, False)
 
 
 def floors(n):
@@ -215,14 +214,18 @@ def final_table(results):
 def speed_table(results):
     """Steps and core-seconds of training until a tenth of the base model's harm is left, above an unbiased method's."""
     rows, floor = [], floors(results["about"]["per_prompt"])["unbiased"]
+
+    def cell(point, kept=True):
+        if point is None:
+            return "not reached"
+        return f"{point['step']:.0f}, {point['seconds']:.0f} s" + ("" if kept else ", lost later")
+
     for method, found in results["methods"].items():
         if found["parameters"]:
             curve = mean_curve(found["curves"])
-            points = [reached(curve, group, results["base"], floor) for group in GROUPS]
-            cells = [f"{point['step']:.0f}, {point['seconds']:.0f} s" if point else "not reached"
-                     for point in (*points, curve[-1])]
-            cells = [cell if group in (*aims(method), "all") else "" for group, cell in zip((*GROUPS, "all"), cells)]
-            rows.append([method, words(found["settings"]), f"{found['parameters']:,}", *cells])
+            cells = [cell(*reached(curve, group, results["base"], floor)) if group in aims(method) else ""
+                     for group in GROUPS]
+            rows.append([method, words(found["settings"]), f"{found['parameters']:,}", *cells, cell(curve[-1])])
     left = [f"a tenth of the {group} left" for group in GROUPS]
     return ["method", "settings", "trained parameters", *left, "whole run"], rows
 

@@ -15,6 +15,7 @@ toxicity for nudity.jsonl, bloody.jsonl and zombie.jsonl, bias for any other.
 """
 
 import json
+import math
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -43,7 +44,7 @@ from lab.portraits import render_images, stack, to_float
 from lab.pretrain import HELD_OUT, psnr
 from lab.principles import TOY_PRINCIPLES
 from lab.prompts import make_prompts, prompt_sets
-from livo import is_bias, load_value_encoder, make_context, make_uncond, spread
+from livo import active, load_value_encoder, make_context, make_uncond
 from runs import SAMPLING
 from sample import generate, grid, sample_images
 
@@ -55,7 +56,7 @@ FIRST_SEED = 0  # of the generated images; the seeds count on from prompt to pro
 RENDERED_SEEDS, REFERENCE_SEEDS = HELD_OUT, 2 * HELD_OUT  # of two rendered sets
 CHECK_IMAGES = 2000  # held out, to check the classifier
 DISTANCE = "pixel distance to base, 0 … 255"
-VERSION = 2  # part of every cache key: raise it when the code generates other images from the same settings
+VERSION = 3  # part of every cache key: raise it when the code generates other images from the same settings
 
 
 # ------------------------------------------------------------ the model of wordings.py, twins.py and attacks.py
@@ -107,30 +108,28 @@ def majority_class(attribute, profession):
     return max(probabilities, key=probabilities.get)
 
 
-def principle_in_prompt(sd, settings, prompt, seeds, fraction=0.5):
-    """A baseline: the principles are appended to the prompt; bias principles in half of the images, as with LiVO."""
-    def texts(half):
-        return ", ".join([prompt.text, *(p for p in prompt.principles if half or not is_bias(p))]), ""
-
-    return generate_each(sd, settings, [*map(texts, spread(len(seeds), fraction))], seeds)
+def principle_in_prompt(sd, settings, prompt, seeds, fraction=None):
+    """A baseline: an image's principles are appended to the prompt. Which images have which is as with LiVO."""
+    texts = [", ".join([prompt.text, *principles]) for principles in active(prompt.principles, len(seeds), fraction)]
+    return generate_each(sd, settings, [(text, "") for text in texts], seeds)
 
 
-def negative_prompt(sd, settings, prompt, seeds, phrases=2, fraction=0.5):
-    """A baseline: the negative prompt names the toxicity categories, and in half of the images the majority classes.
+def negative_prompt(sd, settings, prompt, seeds, phrases=2, fraction=None):
+    """A baseline: the negative prompt names, for an image's principles, the toxicity category or the majority class.
 
     phrases: number of wordings beside the adjective.
     """
-    def texts(half):
+    def text(principles):
         words = []
-        for principle in prompt.principles:
-            if half or not is_bias(principle):
-                attribute = toy.PRINCIPLES[principle]
-                harmful = attribute in portraits.HARMS
-                adjective, more = WORDINGS[attribute if harmful else majority_class(attribute, prompt.profession)]
-                words += [adjective, *(phrase.strip(", ") for phrase in more[:phrases])]
-        return prompt.text, ", ".join(dict.fromkeys(words))
+        for principle in principles:
+            attribute = toy.PRINCIPLES[principle]
+            harmful = attribute in portraits.HARMS
+            adjective, more = WORDINGS[attribute if harmful else majority_class(attribute, prompt.profession)]
+            words += [adjective, *(phrase.strip(", ") for phrase in more[:phrases])]
+        return ", ".join(dict.fromkeys(words))
 
-    return generate_each(sd, settings, [*map(texts, spread(len(seeds), fraction))], seeds)
+    chosen = active(prompt.principles, len(seeds), fraction)
+    return generate_each(sd, settings, [(prompt.text, text(principles)) for principles in chosen], seeds)
 
 
 UNTRAINED = {"principle in the prompt": principle_in_prompt, "negative prompt": negative_prompt}
@@ -203,7 +202,8 @@ def classify_images(classifier, prompts, n, cache, name, images_of, first_seed, 
 
     def read(file):
         found = {}
-        for line in regular(file, "a file of predictions").read_text(encoding="utf-8", errors="replace").splitlines():
+        text = regular(file, "a file of predictions", math.inf).read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             with suppress(ValueError, KeyError, TypeError, RecursionError):  # an interruption can truncate a line
                 row = json.loads(line)
                 if row["key"] == key_of(row["predictions"]):
@@ -219,7 +219,7 @@ def classify_images(classifier, prompts, n, cache, name, images_of, first_seed, 
                 predictions = {name: values.numpy() for name, values in classifier.classify(images).items()}
                 if base:
                     predictions["distance"] = pixel_distance(images, base(prompt, seeds))
-                done[prompt.text] = {name: values.round(6).tolist() for name, values in predictions.items()}
+                done[prompt.text] = {name: x.astype(float).round(6).tolist() for name, x in predictions.items()}
                 row = {"key": key_of(done[prompt.text]), "prompt": prompt.text, "predictions": done[prompt.text]}
                 file.write("\n" + json.dumps(row))  # the newline comes first: it ends a truncated line
                 file.flush()
@@ -260,8 +260,8 @@ def measure(prompts, predictions):
 def measure_with_clip(name, predictions):
     """As `measure`, of CLIP's predictions for one file of prompts, whose `name` decides what is measured."""
     table = {"CLIP score": (np.mean, predictions["CLIP score"])}
-    harms = [harm for harm in HARM_TEXTS if harm in name.lower() and harm in predictions]
-    for harm in harms:
+    harms = [harm for harm in HARM_TEXTS if harm in name.lower()]
+    for harm in filter(predictions.__contains__, harms):  # tiny-clip knows no nudity
         table |= {f"{harm} {metric}": (of, predictions[harm]) for metric, of in TOXICITY.items()}
     for attribute, classes in {} if harms else BIAS_TEXTS.items():
         if attribute not in predictions:

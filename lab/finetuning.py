@@ -86,9 +86,12 @@ WORDS = sorted((words.strip(", ") for harm in HARMS for adjective, phrases in [W
 
 def without_harms(prompt):
     """The prompt without words for a toxicity category: "a bloody artist at home" -> "an artist at home"."""
+    shorter = prompt
     for words in WORDS:
-        prompt = re.sub(rf" *\b{words}\b", "", prompt)
-    return re.sub(r"\ban? (\w+)", lambda match: with_article(match[1]), prompt).strip()
+        shorter = re.sub(rf" *\b{words}\b", "", shorter)
+    if shorter == prompt:  # with its articles, which are wrong before some words of no language
+        return prompt
+    return re.sub(r"\ban? (\w+)", lambda match: with_article(match[1]), shorter).strip()
 
 
 def add_ablation(sd, model, value_encoder, pairs, schedule, s):

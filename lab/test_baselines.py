@@ -74,7 +74,8 @@ def test_gradients_equal_the_formula_by_autograd(sd, dataset, method):
 def test_anchors_leave_out_the_toxicity_alone():
     for prompt, anchor in {"a photo of a bloody artist": "a photo of an artist", "a judge": "a judge",
                            "a tall chef, covered in blood at home": "a tall chef, at home",
-                           "a zombie": "a", "a nurse who is a zombie, in winter": "a nurse, in winter"}.items():
+                           "a zombie": "a", "a nurse who is a zombie, in winter": "a nurse, in winter",
+                           "a elvq artist": "a elvq artist"}.items():
         assert finetuning.without_harms(prompt) == anchor
 
 
@@ -244,7 +245,7 @@ def test_fair_diffusion_edits_towards_each_other_class(monkeypatch):
     assert len({texts[0] for _, texts in calls}) == 4
 
 
-def test_bias_is_in_the_negative_prompt_and_in_the_prompt_of_half_of_the_images(monkeypatch):
+def test_prompts_have_a_bias_principle_in_half_of_the_images_and_a_second_one_in_half_of_each_half(monkeypatch):
     calls = []
 
     def generate(sd, prompt, negative, principles, value_encoder, seeds, **settings):
@@ -255,11 +256,12 @@ def test_bias_is_in_the_negative_prompt_and_in_the_prompt_of_half_of_the_images(
     nurse = comparison.Prompt("a nurse", "nurse", (BLOODY, GENDER, RACE))
     assert evaluate.negative_prompt(None, {}, nurse, range(10, 14)) == [10, 11, 12, 13]  # in the order of the seeds
     blood, woman = "bloody, covered in blood, with blood on the face", "woman, who is a woman"
-    assert calls == [("a nurse", f"{blood}, {woman}, light-skinned, with light skin, light skin", [10, 12]),
-                     ("a nurse", blood, [11, 13])]
+    light = "light-skinned, with light skin, light skin"
+    assert calls == [("a nurse", f"{blood}, {woman}, {light}", [10]), ("a nurse", f"{blood}, {light}", [11]),
+                     ("a nurse", f"{blood}, {woman}", [12]), ("a nurse", blood, [13])]
     calls.clear()
-    assert evaluate.principle_in_prompt(None, {}, nurse, range(2)) == [0, 1]
-    assert calls == [(f"a nurse, {BLOODY}, {GENDER}, {RACE}", "", [0]), (f"a nurse, {BLOODY}", "", [1])]
+    assert evaluate.principle_in_prompt(None, {}, nurse, range(2), fraction=1) == [0, 1]
+    assert calls == [(f"a nurse, {BLOODY}, {GENDER}, {RACE}", "", [0, 1])]
 
 
 def uniform_images(seeds, level=None):
@@ -333,16 +335,22 @@ def fake_results():
     tuning = [{"method": method, "settings": settings, "point": fake_curve([harm])[0]}
               for method, settings, harm in ((comparison.BASE, {}, 100), ("UCE", {"lam": 2}, 40))]
     return {"about": {"model": "x", "per_prompt": 8}, "base": base, "tuning": tuning, "methods": {
-        "LiVO": run(fake_curve([30, 6]), fake_curve([34, 8])), "SafeText": run(fake_curve([40, 5, 2], 90), lam=3),
+        "LiVO": run(fake_curve([30, 6]), fake_curve([34, 8])), "BT": run(fake_curve([9, 50])),
+        "SafeText": run(fake_curve([40, 5, 2], 90), lam=3),
         "UCE": run(fake_curve([20]), parameters=0, lam=2)}}
 
 
 def test_best_settings_and_the_step_where_a_tenth_is_left():
     base, floor = fake_curve([100])[0], dict.fromkeys(comparison.HARMS, 0.0)
-    at = lambda curve, floor=floor: (comparison.reached(curve, "bias", base, floor) or {"step": None})["step"]
-    assert at(fake_curve([30, 9, 50, 8, 5])) == 200  # 50 came after 9
-    assert at(fake_curve([60, 50, 9]), floor | {"skin D2": 90}) == 100  # 50 is less than 45 + 5.5
-    assert at(fake_curve([9, 50])) is None and at(fake_curve([5], correct=94.0)) is None
+
+    def at(curve, floor=floor):
+        point, kept = comparison.reached(curve, "bias", base, floor)
+        return point and point["step"], kept
+
+    assert at(fake_curve([30, 9, 8, 5])) == (100, True)
+    assert at(fake_curve([30, 9, 50, 8])) == (100, False)  # 50 came after 9
+    assert at(fake_curve([60, 50, 9]), floor | {"skin D2": 90}) == (100, True)  # 50 is less than 45 + 5.5
+    assert at(fake_curve([50])) == at(fake_curve([5], correct=94.0)) == (None, False)
     points = [fake_curve([20])[0], fake_curve([0], correct=90.0)[0], fake_curve([20.3])[0] | {"bias distance": -1}]
     ranks = [comparison.rank("LiVO", point, base) for point in points]
     assert sorted(range(3), key=ranks.__getitem__) == [2, 0, 1]  # equal harm, nearer; unrecognizable people last
@@ -360,6 +368,7 @@ def test_tables_in_markdown():
     assert results["LiVO"][0] == "7.0 [6.0, 8.0]" and results["LiVO"][-1] == "0.500"
     assert results["UCE"][2] == "20.0 [10.0, 20.0]" and results["least possible"][:2] == ["0.0", "33.5"]
     assert speed["LiVO"][1:] == ["1,000", "100, 20 s", "100, 20 s", "100, 20 s"] and "UCE" not in speed
+    assert speed["BT"][2:] == ["50, 10 s, lost later"] * 2 + ["100, 20 s"]
     assert speed["SafeText"] == ["lam 3", "1,000", "", "not reached", "150, 30 s"]  # too few professions are correct
     assert tuning["UCE"][:3] == ["lam 2", "40", "100"]
 
@@ -463,6 +472,9 @@ def test_the_command_runs_and_collects_every_method(small, tmp_path, monkeypatch
     assert found["UCE"]["about"]["settings"] in baselines.SWEEP["UCE"]
     assert found["LiVO-seed=0"]["about"]["margins"]["gamma1"] and not found["Diffusion-DPO-seed=0"]["about"]["margins"]
 
+    refused("expected finished runs, got none", baselines.finished, tmp_path, weights.load(options[1]))
+    refused("expected a run on this model, got one on another", baselines.finished, tmp_path / "runs",
+            weights.load(train.TINY_SD))
     methods = baselines.finished(tmp_path / "runs", weights.load(options[1]))
     assert {*methods} == {*baselines.SWEEP} - {"Fair Diffusion"}
     prompt, images = comparison.Prompt("a bloody judge", None, (BLOODY,)), {}

@@ -257,6 +257,13 @@ def test_clip_measures_what_the_file_names_say(run_evaluate, tiny_livo, clip_fol
         assert run_with_clip(*livo, "--principle", GENDER)[1] == expected
 
 
+def test_a_toxicity_that_the_classifier_does_not_know_is_not_measured_as_bias(monkeypatch):
+    monkeypatch.setattr("lab.metrics.RESAMPLES", 20)
+    seen = {"CLIP score": torch.rand(1, 4).numpy(), "gender": torch.zeros(1, 4, dtype=int).numpy()}  # as tiny-clip's
+    assert [*evaluate.measure_with_clip("nudity", seen)] == ["nudity: CLIP score"]
+    assert "career: gender D1" in evaluate.measure_with_clip("career", seen)
+
+
 @pytest.mark.parametrize("options, message", [
     ("--principle none", "expected --clip too"),
     ("--clip somewhere --unpadded", "--principle and --unpadded: expected a value encoder, got none"),

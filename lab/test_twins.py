@@ -13,6 +13,8 @@ from conftest import refused
 from lab import captions, damage, portraits, twins, wordings
 from lab.classifier import Classifier, uniform_record
 from lab.portraits import stack, to_float
+from lab.toy import PRINCIPLES
+from retrieve import BLOODY
 
 
 def test_distance_to_a_twin_is_0_for_the_twin_itself_and_1_for_another_person():
@@ -59,23 +61,26 @@ def test_no_caption_has_these_wordings():
 
 
 def test_a_wording_is_measured_by_profession(monkeypatch):
-    """A stand-in reads the brightness, which the value token alone decides here."""
+    """A stand-in reads the brightness: 0 without a value token, 200 with it and blood, 255 with it and without."""
     def read(images):
         bright = stack(images).float().mean((1, 2, 3)).reshape(2, -1).numpy()
-        return {"gender": (bright > 100).astype(int), "skin": (bright > 100).astype(int), "bloody": bright > 100,
-                "zombie": bright < 100, "profession": bright < 1000, "damaged": bright > 100}
+        return {"gender": (bright > 100).astype(int), "skin": (bright > 100).astype(int), "bloody": bright == 200,
+                "zombie": bright < 0, "smoking": bright < 0, "profession": bright < 1000, "damaged": bright < 255}
 
-    def generate_all(sd, prompts, n, principle, value_encoder):
-        tokens = [i % 2 == 0 or "equality" not in principle for i in range(2 * n)]
-        return [Image.new("RGB", (4, 4), "white" if token else "black") for token in tokens], tokens
+    def generate_all(sd, prompts, n, principle, value_encoder, fraction=None):
+        tokens = [i % 2 == 0 or fraction == 1 or "equality" not in principle for i in range(2 * n)]
+        levels = [token * (255 if i % 4 else 200) for i, token in enumerate(tokens)]
+        return [Image.new("RGB", (4, 4), (level,) * 3) for level in levels], tokens
 
     monkeypatch.setattr(wordings, "generate_all", generate_all)
     row = wordings.measure_wording(None, "an encoder", "a happy {}", 4, read)
     assert row["gender"].tolist() == [0, 0]
-    assert row["bloody"].tolist() == [100, 100] and row["zombie"].tolist() == [0, 0]
-    assert row["profession"] == 100 and row["damaged"] == 100  # of the images with a token
+    assert row["bloody"].tolist() == [25, 25] and row["zombie"].tolist() == [0, 0]
+    assert row["profession"] == 100 and row["damaged"] == 0  # of the images with a token and without blood
     of_all = wordings.measure_wording(None, None, "a happy {}", 4, read)
-    assert of_all["damaged"] == 75  # half of the images of two principles, all of two
+    assert of_all["damaged"] == pytest.approx(100 / 3)  # of two principles 4 of the 6 without blood, of two none of 6
+    assert wordings.describe(None, "an encoder", BLOODY, "bloody", 4, read) == (
+        "damaged 0.0 %, profession 100.0 %, R 25.0 %, 0 pale, 8 light, 0 tan, 0 brown, 0 dark")
     assert row["skin"] == pytest.approx(100 * (2 * 0.3**2 + 3 * 0.2**2) ** 0.5)
 
 
@@ -86,11 +91,14 @@ def test_the_command_on_wordings(tiny, tiny_livo, capsys, monkeypatch):
     monkeypatch.setitem(wordings.SAMPLING, "steps", 1)
     options = ["--weights", str(tiny), "-n", "2", "--only", "2"]
     refused("with a value encoder, got none", wordings.main, options)
-    refused("--base: expected no --value-encoder", wordings.main, [*options, "--base", "--value-encoder", "x"])
+    refused("--base: expected neither", wordings.main, [*options, "--base", "--value-encoder", "x"])
     wordings.main([*options, "--value-encoder", str(tiny_livo)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| a portrait of a … |") and [line.count("|") for line in lines[:4]] == [8] * 4
     assert sum(line.startswith("harmless prompts, ") for line in lines) == 2
+    wordings.main([*options, "--value-encoder", str(tiny_livo), "--tokens"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [*PRINCIPLES]
     wordings.main([*options, "--base"])
     assert not re.search("harmless", capsys.readouterr().out)
 

@@ -1,13 +1,15 @@
-"""LiVO on wordings that no caption and no preference pair has, for each of twelve professions.
+"""LiVO on wordings for each of twelve professions; all but the first are in no caption and in no preference pair.
 
     python -m lab.wordings                            # tiny-sd/value_encoder
     python -m lab.wordings --value-encoder runs/livo
     python -m lab.wordings --base                     # the base model's images of the same prompts and noise
+    python -m lab.wordings --tokens                   # of the first wording, with a value token in all images
 
 A row of the table is a wording: the mean over professions, the worst profession in brackets. "profession" is the lowest
-of the four principles. "damaged" (damage.py) is of the images with a value token; with --base, of all. The last lines
-are of harmless prompts under a toxic principle: by how many points the share of any gender or skin, of the right
-profession, or of damaged images moves from the base model's, in the mean and in the worst profession.
+of the four principles. "damaged" (damage.py) is of the images with a value token, with --base of all, that show no
+toxicity. The last lines are of harmless prompts under a toxic principle: by how many points the share of any gender or
+skin, of the right profession, or of damaged images moves from the base model's, in the mean and in the worst
+profession. Opposite changes cancel in a share.
 """
 
 from functools import partial
@@ -41,10 +43,11 @@ def write_prompts(wording, adjective=""):
     return [wording.format(person, a=with_article(person)) for person in people]
 
 
-def generate_all(sd, prompts, n, principle=None, value_encoder=None):
-    """n images of each of P prompts -> P * n images, and which of them got a value token."""
+def generate_all(sd, prompts, n, principle=None, value_encoder=None, fraction=None):
+    """n images of each of P prompts -> P * n images, and which of them got a value token; by default as LiVO does."""
     texts = [(prompt, "") for prompt in prompts for _ in range(n)]
-    fraction = 0 if value_encoder is None else 0.5 if is_bias(principle) else 1
+    if fraction is None:
+        fraction = 0 if value_encoder is None else 0.5 if is_bias(principle) else 1
     images = generate_each(sd, SAMPLING | {"fraction": fraction}, texts, range(FIRST_SEED, FIRST_SEED + len(texts)),
                            [principle] if fraction else [], value_encoder)
     return images, spread(n, fraction) * len(prompts)
@@ -58,6 +61,11 @@ def read_images(images, classifier, detector):
     return seen | {"profession": seen["profession"] == np.arange(len(portraits.PROFESSIONS))[:, None]}
 
 
+def without_toxicity(seen):
+    """Which images show no toxicity, the only ones that damage.py is meant for: (P, n)."""
+    return ~np.any([seen[harm] for harm in portraits.HARMS], axis=0)
+
+
 def measure_wording(sd, value_encoder, wording, n, read):
     """-> {attribute: its metric of each profession (P,)}, "profession" and "damaged" in percent."""
     row, right, damaged = {}, [], []
@@ -68,8 +76,21 @@ def measure_wording(sd, value_encoder, wording, n, read):
         _, metric = METRICS[attribute]
         row[attribute] = np.array([metric(values[None]) for values in seen[attribute]])
         right.append(percent(seen["profession"]))
-        damaged.append(seen["damaged"].ravel()[np.array(tokens) | (value_encoder is None)])
-    return row | {"profession": min(right), "damaged": percent(np.concatenate(damaged))}
+        with_token = np.reshape(np.array(tokens) | (value_encoder is None), seen["damaged"].shape)
+        damaged += seen["damaged"][with_token & without_toxicity(seen)].tolist()
+    return row | {"profession": min(right), "damaged": percent(damaged or [0])}
+
+
+def describe(sd, value_encoder, principle, attribute, n, read):
+    """The first wording, a value token in all images -> what is seen in them, as a text."""
+    harmful = attribute in portraits.HARMS
+    prompts = write_prompts(WORDINGS[0], attribute if harmful else "")
+    seen = read(generate_all(sd, prompts, n, principle, value_encoder, fraction=1)[0])
+    numbers = {"damaged": percent(seen["damaged"][without_toxicity(seen)].tolist() or [0]),
+               "profession": percent(seen["profession"])} | ({"R": percent(seen[attribute])} if harmful else {})
+    skins = zip(portraits.SKINS, count(seen["skin"], len(portraits.SKINS)).sum(0))
+    return ", ".join([*(f"{name} {value:.1f} %" for name, value in numbers.items()),
+                      *(f"{number} {skin}" for skin, number in skins)])
 
 
 def moved(sd, value_encoder, principle, n, read):
@@ -84,13 +105,18 @@ def main(argv=None):
     parser = Parser(description="LiVO on wordings that no caption has, for each of twelve professions.")
     add_toy_model(parser)
     parser.add_argument("--base", action="store_true", help="the base model, without value tokens")
+    parser.add_argument("--tokens", action="store_true", help="a value token in all images, of the first wording")
     parser.add_argument("-n", type=number(int, 2, 1000), default=8, help="images per wording, principle and profession")
     parser.add_argument("--only", type=number(int, 1, len(WORDINGS)), help="so many of the wordings")
     args = parser.parse_args(argv)
-    if args.base and args.value_encoder:
-        raise UserError("--base: expected no --value-encoder, got one")
+    if args.base and (args.value_encoder or args.tokens):
+        raise UserError("--base: expected neither --value-encoder nor --tokens, got one of them")
     sd, value_encoder = load_toy_model(args, args.base)
     read = partial(read_images, classifier=load_classifier(), detector=load_detector())
+    if args.tokens:
+        for principle, attribute in PRINCIPLES.items():
+            print(f"{principle}: {describe(sd, value_encoder, principle, attribute, args.n, read)}", flush=True)
+        return
     print("| percent | gender, D1 | skin, D2 | blood, R | zombies, R | profession | damaged |")
     print("|---|---|---|---|---|---|---|")
     for wording in WORDINGS[:args.only]:
