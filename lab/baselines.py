@@ -283,12 +283,12 @@ def collect(out):
 
 def finished(out, sd):
     """-> {method: images_of(prompt, seeds)} of the finished runs against toxicity, with the first training seed."""
-    base, found = partial(generated, sd, None, SAMPLING), {}
+    base, key, found = partial(generated, sd, None, SAMPLING), fingerprint(sd), {}
     for this in plan(out, [method for method in SWEEP if "toxicity" in aims(method)], SEEDS[:1]):
         if this.tuning or this.method == BASE or not this.file.exists():
             continue
         about = load_curve(this.file)["about"]
-        if not str(about.get("model")).startswith(fingerprint(sd)):
+        if not str(about.get("model")).startswith(key):
             raise UserError(f"{this.file}: expected a run on this model, got one on another")
         if this.method in TRAINED:
             network, model, value_encoder = trainable(sd, TRAINED[this.method].part)

@@ -159,8 +159,10 @@ def reached(curve, group, base, floor):
     lowest = harm(floor, base, [group])
     enough = [harm(point, base, [group]) <= lowest + REACHED * (100 - lowest) and is_recognizable(point)
               for point in curve]
-    first = enough.index(True) if any(enough) else len(curve)
-    return (curve[first], all(enough[first:])) if first < len(curve) else (None, False)
+    if not any(enough):
+        return None, False
+    first = enough.index(True)
+    return curve[first], all(enough[first:])
 
 
 def floors(n):

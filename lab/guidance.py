@@ -98,7 +98,7 @@ def fair_guidance(uncond, wanted, unwanted, cond, *, momentum, step, guidance, s
         ψ = ε(z, wanted) − ε(z) and ε(z) − ε(z, unwanted);   μ = s_e where |ψ| is above its quantile λ, else 0
         ν ← β ν + (1 − β) γ, from the first step on; but γ counts only after the warm-up
 
-    scale, threshold: s_e, λ. Warm-up and momentum are the defaults of SEGA in diffusers; of its 50 steps 10 are warm-up.
+    scale, threshold: s_e, λ. Warm-up and momentum are the defaults of SEGA in diffusers, where 10 of 50 steps warm up.
     """
     edit = sum(largest(scale * direction, threshold) for direction in (wanted - uncond, uncond - unwanted))
     edit = edit + momentum_scale * momentum

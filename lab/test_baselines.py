@@ -260,6 +260,9 @@ def test_prompts_have_a_bias_principle_in_half_of_the_images_and_a_second_one_in
     assert calls == [("a nurse", f"{blood}, {woman}, {light}", [10]), ("a nurse", f"{blood}, {light}", [11]),
                      ("a nurse", f"{blood}, {woman}", [12]), ("a nurse", blood, [13])]
     calls.clear()
+    assert evaluate.principle_in_prompt(None, {}, nurse, range(2)) == [0, 1]
+    assert calls == [(f"a nurse, {BLOODY}, {GENDER}, {RACE}", "", [0]), (f"a nurse, {BLOODY}", "", [1])]
+    calls.clear()
     assert evaluate.principle_in_prompt(None, {}, nurse, range(2), fraction=1) == [0, 1]
     assert calls == [(f"a nurse, {BLOODY}, {GENDER}, {RACE}", "", [0, 1])]
 

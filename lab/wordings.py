@@ -24,7 +24,7 @@ from lab.damage import load_detector
 from lab.evaluate import METRICS, add_toy_model, generate_each, load_toy_model
 from lab.metrics import count, percent
 from lab.toy import PRINCIPLES
-from livo import is_bias, spread
+from livo import active, is_bias
 from runs import SAMPLING
 
 WORDINGS = (  # {a}: "a nurse", {}: "nurse"; the first two are a plain prompt and a mild one
@@ -37,20 +37,20 @@ HARMLESS = WORDINGS[1]
 FIRST_SEED = 700_000  # of the noise
 
 
-def write_prompts(wording, adjective=""):
-    """-> the prompt of each profession."""
-    people = [f"{adjective} {profession}".strip() for profession in portraits.PROFESSIONS]
+def write_prompts(wording, attribute=""):
+    """-> the prompt of each profession. It asks for a toxicity, and leaves any other attribute unspecified."""
+    adjective = f"{attribute} " if attribute in portraits.HARMS else ""
+    people = [adjective + profession for profession in portraits.PROFESSIONS]
     return [wording.format(person, a=with_article(person)) for person in people]
 
 
 def generate_all(sd, prompts, n, principle=None, value_encoder=None, fraction=None):
     """n images of each of P prompts -> P * n images, and which of them got a value token; by default as LiVO does."""
     texts = [(prompt, "") for prompt in prompts for _ in range(n)]
-    if fraction is None:
-        fraction = 0 if value_encoder is None else 0.5 if is_bias(principle) else 1
+    principles = [] if value_encoder is None else [principle]
     images = generate_each(sd, SAMPLING | {"fraction": fraction}, texts, range(FIRST_SEED, FIRST_SEED + len(texts)),
-                           [principle] if fraction else [], value_encoder)
-    return images, spread(n, fraction) * len(prompts)
+                           principles, value_encoder)
+    return images, [bool(chosen) for chosen in active(principles, n, fraction)] * len(prompts)
 
 
 def read_images(images, classifier, detector):
@@ -61,33 +61,31 @@ def read_images(images, classifier, detector):
     return seen | {"profession": seen["profession"] == np.arange(len(portraits.PROFESSIONS))[:, None]}
 
 
-def without_toxicity(seen):
-    """Which images show no toxicity, the only ones that damage.py is meant for: (P, n)."""
-    return ~np.any([seen[harm] for harm in portraits.HARMS], axis=0)
+def find_damaged(seen, chosen=True):
+    """-> which are damaged, of the chosen images (P, n) without toxicity, the only ones that damage.py is meant for."""
+    return seen["damaged"][~np.any([seen[harm] for harm in portraits.HARMS], axis=0) & chosen].tolist()
 
 
 def measure_wording(sd, value_encoder, wording, n, read):
     """-> {attribute: its metric of each profession (P,)}, "profession" and "damaged" in percent."""
     row, right, damaged = {}, [], []
     for principle, attribute in PRINCIPLES.items():
-        prompts = write_prompts(wording, attribute if attribute in portraits.HARMS else "")
-        images, tokens = generate_all(sd, prompts, n, principle, value_encoder)
+        images, tokens = generate_all(sd, write_prompts(wording, attribute), n, principle, value_encoder)
         seen = read(images)
         _, metric = METRICS[attribute]
         row[attribute] = np.array([metric(values[None]) for values in seen[attribute]])
         right.append(percent(seen["profession"]))
         with_token = np.reshape(np.array(tokens) | (value_encoder is None), seen["damaged"].shape)
-        damaged += seen["damaged"][with_token & without_toxicity(seen)].tolist()
+        damaged += find_damaged(seen, with_token)
     return row | {"profession": min(right), "damaged": percent(damaged or [0])}
 
 
 def describe(sd, value_encoder, principle, attribute, n, read):
     """The first wording, a value token in all images -> what is seen in them, as a text."""
-    harmful = attribute in portraits.HARMS
-    prompts = write_prompts(WORDINGS[0], attribute if harmful else "")
-    seen = read(generate_all(sd, prompts, n, principle, value_encoder, fraction=1)[0])
-    numbers = {"damaged": percent(seen["damaged"][without_toxicity(seen)].tolist() or [0]),
-               "profession": percent(seen["profession"])} | ({"R": percent(seen[attribute])} if harmful else {})
+    seen = read(generate_all(sd, write_prompts(WORDINGS[0], attribute), n, principle, value_encoder, fraction=1)[0])
+    numbers = {"damaged": percent(find_damaged(seen) or [0]), "profession": percent(seen["profession"])}
+    if attribute in portraits.HARMS:
+        numbers["R"] = percent(seen[attribute])
     skins = zip(portraits.SKINS, count(seen["skin"], len(portraits.SKINS)).sum(0))
     return ", ".join([*(f"{name} {value:.1f} %" for name, value in numbers.items()),
                       *(f"{number} {skin}" for skin, number in skins)])
