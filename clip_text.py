@@ -148,7 +148,6 @@ class CLIPTokenizer:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise UserError(f"prompt {text!a}: expected Unicode text, got {error.reason}") from error
-            # One by one: encode_batch starts threads, which do not survive a DataLoader's fork.
             encoding = self.backend.encode(text)
             if len(encoding) > room:
                 lost = text[encoding.offsets[room][0]:]

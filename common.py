@@ -34,7 +34,7 @@ def run(main):
     prepare_streams()
     try:
         main()
-        print(end="", flush=True)  # here, where a closed pipe or a full disk can still be told
+        print(end="", flush=True)  # here, where a closed pipe or a full disk can still be reported
     except KeyboardInterrupt:
         tell("interrupted")
         sys.exit(130)

@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass
 class Pair:
-    """A preference pair with all its randomness drawn."""
+    """A preference pair with all its randomness sampled."""
 
     prompt: str
     principle: str

@@ -71,7 +71,7 @@ class Schedule:
             from formats.checks import SCHEDULER_DPM, check_scheduler
             check_scheduler(self.config, SCHEDULER_DPM)
             return list(zip(t, abar, [*abar[1:], torch.tensor(1.0)]))
-        # diffusers subtracts a constant stride. With linspace spacing this is not the next t of the list.
+        # diffusers subtracts a constant stride. That is not always the next t of the list (linspace spacing).
         after = [i - len(self.alphas_cumprod) // steps for i in t]
         return list(zip(t, abar, [self.alphas_cumprod[i] if i >= 0 else self.final for i in after]))
 
@@ -125,7 +125,7 @@ def denoise(unet, schedule, latents, context, uncond=None, *, steps, guidance=7.
     deep_every: steps between evaluations of the UNet's lower resolutions (efficiency.with_cached_depth).
     """
     guided, dtype = guidance > 1, next(unet.parameters()).dtype
-    context = torch.cat([uncond, context]) if guided else context  # (2B, L, C)
+    context = (torch.cat([uncond, context]) if guided else context).to(dtype)  # (2B, L, C)
     model = with_context(unet, context, latents) if deep_every == 1 else with_cached_depth(unet, context, deep_every)
     trajectory = schedule.trajectory(steps, sampler)
     time_embs = unet.embed(torch.tensor([t for t, _, _ in trajectory], device=latents.device))  # (steps, 4C)

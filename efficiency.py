@@ -1,4 +1,4 @@
-"""What saves memory or time and changes no result (DeepCache does, and is off by default); device and dtype.
+"""What saves memory or time, without effect beyond rounding (DeepCache has one, and is off by default); device, dtype.
 
 Skip it at first reading.
 
@@ -93,10 +93,10 @@ def with_context(unet, context, latents):
 
 
 def with_cached_depth(unet, context, every):
-    """`with_context` after DeepCache, arXiv 2312.00858: only every `every`-th call computes the lower resolutions.
+    """`with_context` with DeepCache, arXiv 2312.00858: only every `every`-th call computes the lower resolutions.
 
-    The calls between them compute the highest resolution alone, on what came up from below before. The images differ
-    a little; with 1 they do not.
+    The calls between them compute the highest resolution alone, on the last output of the lower ones. The images
+    differ a little; with 1 they do not.
     """
     calls, up = 0, None
 

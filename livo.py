@@ -17,7 +17,7 @@ half of the images get the token. Both images of a pair share one noise eps and 
 
                                  aligned y_w   violating y_l
     with the value token   ℓ_θ      err_w         err_l        the gradient flows into the value encoder θ
-    without it             ℓ_ref    ref_w         ref_l        the reference (frozen base) model, no gradient
+    without it             ℓ_ref    ref_w         ref_l        the reference model (the base model), no gradient
 
 and the loss is the sum of two hinges, each with a slope and a margin of its own:
 
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import weights
 from clip_text import CLIPTextModel
 
-# Aligned hinge: slope β, margin γ1. Violating hinge: slope α, margin γ2. Values of the authors' code.
+# Aligned hinge: slope β, margin γ1. Violating hinge: slope α, margin γ2. Values of the command in the authors' README.
 ALPHA, BETA, GAMMA1, GAMMA2 = 500.0, 1000.0, 1.0, 0.5
 
 
@@ -112,10 +112,10 @@ def active(principles, n, fraction=None):
     """-> for each of n images a tuple of its principles. A second bias principle gets half of each half."""
     chosen = [()] * n
     for principle in principles:
-        share = fraction if fraction is not None else 0.5 if is_bias(principle) else 1
-        order = sorted(range(n), key=chosen.__getitem__, reverse=True)  # images of equal principles beside each other
-        for i, gets in zip(order, spread(n, share)):
-            chosen[i] += (principle,) if gets else ()
+        p = fraction if fraction is not None else 0.5 if is_bias(principle) else 1
+        order = sorted(range(n), key=chosen.__getitem__, reverse=True)  # divides each group of equal images again
+        for i, gets_token in zip(order, spread(n, p)):
+            chosen[i] += (principle,) if gets_token else ()
     return chosen
 
 

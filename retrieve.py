@@ -55,7 +55,7 @@ def disguised(prompt):
 
 
 def spellings(entry, long=True):
-    """Keys shared with other spellings: no spaces, no doubled letters (these end in "+"), one letter less if long."""
+    """Keys that other spellings share: no spaces, no doubled letters (these end in "+"), one letter less if long."""
     keys = {entry.replace("_", "") + "+", re.sub(r"(.)\1+", r"\1", entry) + "+"}
     return keys | {entry, *(entry[:i] + entry[i + 1:] for i, c in enumerate(entry) if c != "_")} if long else keys
 
@@ -88,8 +88,8 @@ def specifies_race(text):
     text = " ".join(text.replace(",", "").split())
     people = tables.gendered | tables.gendered_unless_animal | tables.people | tables.people_unless_animal
     near = " ".join(match["near"] for match in patterns.after_ethnicity.finditer(text))
-    named = set(near.split()) & people - tables.pronouns or patterns.profession.search(near)
-    return bool(named or patterns.specifies_race.search(text))
+    specified = set(near.split()) & people - tables.pronouns or patterns.profession.search(near)
+    return bool(specified or patterns.specifies_race.search(text))
 
 
 def entries(words="", words_and_plurals=""):

@@ -7,7 +7,6 @@ import atexit
 import contextlib
 import json
 import os
-import random
 import signal
 import sys
 import tomllib
@@ -22,7 +21,6 @@ import torch.distributed as dist
 from common import UserError, atomic, number, read_json, regular, write_json
 from data import is_preservation
 from livo import aligned_hinge, livo_loss, violating_hinge
-from retrieve import retrieve
 from sample import MAX_PRINCIPLES, captioned, generate
 
 TOY = "toy"  # as --data: the rendered portraits of lab/toy.py
@@ -39,7 +37,7 @@ def setting(default, text, low=0.0, high=1e9):
 
 
 def add_options(parser, cls, preset):
-    """An option for each setting of the dataclass. The help tells the preset's value too."""
+    """An option for each setting of the dataclass. The help also states the preset's value."""
     for option in filter(lambda option: option.metadata, fields(cls)):
         kind, text = type(option.default), option.metadata["help"]
         text += f" (tiny-sd: {preset[option.name]})" if option.name in preset else ""
@@ -120,10 +118,10 @@ def save_checkpoint(folder, value_encoder, optimizer, step, data_key):
                     "step": step, "data": data_key}, file)
 
 
-def resume(folder, value_encoder, optimizer, data_key):
+def resume(folder, value_encoder, optimizer, data_key, steps):
     """Load the folder's checkpoint, if any -> the number of steps done.
 
-    Raises UserError if it is damaged, or of other data or weights.
+    Raises UserError if it is damaged, of other data or weights, or beyond the last of `steps`.
     """
     from formats.files import load_adamw, unpickle  # imported late, as the method does not need it
     from formats.messages import expecting
@@ -137,6 +135,8 @@ def resume(folder, value_encoder, optimizer, data_key):
         load_adamw(optimizer, state["optimizer"], step, file)
     if before != data_key:
         raise UserError(f"{file}: expected the data, VAE, text encoder and dtype that the run began with, got others")
+    if step > steps:
+        raise UserError(f"--steps: expected at least {step}, those of {file}, got {steps}")
     return step
 
 
@@ -192,7 +192,7 @@ class Log:
 
 def warn_if_saturated(lines, s, every=50):
     """Warn if most hinges are saturated although the errors have hardly changed: the margins may be too small."""
-    if len(lines) % every:
+    if len(lines) % every or s.margins:  # margins of single principles: the means say nothing of them
         return
     lines = lines[-every:]
     mean = {key: sum(line[key] for line in lines) / len(lines) for key in LOGGED}
@@ -206,13 +206,10 @@ def warn_if_saturated(lines, s, every=50):
 
 def save_samples(sd, value_encoder, dataset, path, n=6):
     """Write a sheet: for each principle n images of one prompt, base model above, LiVO below, from the same noise."""
-    samples, rows = {}, []
-    for sample, _ in dataset.aligned:
-        samples.setdefault(sample.value, []).append(sample)
-    for principle, choices in [*samples.items()][:MAX_PRINCIPLES]:
-        choices = [sample.prompt for sample in choices if not is_preservation(sample)] or [choices[0].prompt]
-        apt = [prompt for prompt in choices if principle in retrieve(prompt)]
-        prompt = random.Random(principle).choice(apt or choices)
+    prompts, rows = {}, []
+    for sample, _ in sorted(dataset.aligned, key=lambda row: is_preservation(row[0])):  # preservation pairs last
+        prompts.setdefault(sample.value, sample.prompt)
+    for principle, prompt in [*prompts.items()][:MAX_PRINCIPLES]:
         for caption, principles in ("without a principle", []), (f"{principle}: {prompt}", [principle]):
             images = generate(sd, prompt, "", principles, value_encoder, range(n), fraction=1, **SAMPLING)
             rows.append((caption, [image for _, image, _ in images]))

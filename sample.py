@@ -162,7 +162,8 @@ def choose_principles(choices, prompt):
 def find_value_encoder(args, sd):
     """-> the principles to apply and the value encoder. Raises UserError where a principle is asked for without one."""
     principles = choose_principles(args.principle or ["auto"], args.prompt)
-    value_encoder = load_value_encoder(args.value_encoder, args.weights, sd) if principles else None
+    needed = principles or args.value_encoder  # the latter may be wrong
+    value_encoder = load_value_encoder(args.value_encoder, args.weights, sd) if needed else None
     if principles and value_encoder is None:
         if wanted := [choice for choice in args.principle or () if choice.strip().lower() not in ("auto", "none")]:
             raise UserError(f"--principle {wanted[0]}: expected a value encoder, got none in {args.weights}; "
@@ -199,7 +200,7 @@ def parse_args(argv=None):
         add(side, type=number(int, 1, 2**14), help="in pixels; by default as in training")
     add_device_options(parser)
     add("--deep-every", type=count, default=1, help="compute the UNet's lower resolutions in every so many steps alone "
-        "(DeepCache): 3 is faster by half and changes the image a little")
+        "(DeepCache): 3 is 1.5 times as fast and changes the image a little")
     add("--compile", action="store_true", help="torch.compile the UNet: a minute or more at first, then faster")
     add("--out", type=Path, default=Path("out"), help="folder to write to")
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ ADAM_BETAS, ADAM_EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.999), 1e-8, 1e-2, 1.0  # 
 
 @dataclass
 class Settings:
-    """All that decides the result, one option each. Defaults: the authors', or a livo.toml beside the weights."""
+    """All that decides the result, one option each. Defaults: the published ones, or a livo.toml beside the weights."""
 
     weights: str = setting(str(TINY_SD), "model: folder, file or hub name")
     tokenizer: str = setting("", "folder of the tokenizer, for weights that come without one")
@@ -85,7 +85,7 @@ def predict(unet, schedule, eps, t, z, context):
     alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # of the noise schedule; the slope α is s.alpha
     target = alpha * eps - sigma * z if schedule.prediction_type == "v_prediction" else eps
     z_t = alpha * z + sigma * eps
-    return unet(z_t.to(dtype), t.to(z.device), context).float(), target
+    return unet(z_t.to(dtype), t.to(z.device), context.to(dtype)).float(), target
 
 
 def denoising_error(output, target):
@@ -97,9 +97,9 @@ def denoising_error(output, target):
 def reference_errors(unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation):
     """The reference model's ref_w and ref_l, (B,) each, and the targets of y_w and y_l, (B, 4, h, w) each.
 
-    In a preservation pair (y_l is y_w, the principle does not apply) the token should not change the output. An equal
-    error against eps would not show that. So the target is the reference model's output: ref is 0, err the squared
-    change.
+    In a preservation pair (y_l is y_w, the principle does not apply) the token should not change the output. Two
+    different outputs can have the same error against eps, so the target is the reference model's output: ref is 0, err
+    the squared change.
     """
     output, target = predict(unet, schedule, eps, t, torch.cat([z_w, z_l]), torch.cat([prompt_embeds, prompt_embeds]))
     target = torch.where(preservation.repeat(2)[:, None, None, None], output, target)
@@ -125,7 +125,7 @@ def add_gradient(sd, value_encoder, pairs, schedule, s):
     refs, targets = reference_errors(sd.unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation)
     weight = schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device)  # (B,)
     context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # one token each: (B, 78, C)
-    leaf = context.detach().requires_grad_()  # cuts the graph of UNet and value encoder; sums both gradients
+    leaf = context.detach().requires_grad_()  # sums the gradients of both hinges; then one backward pass of the encoder
     gamma1, gamma2 = margins(principles, preservation, s)
     hinges = partial(aligned_hinge, beta=s.beta, gamma1=gamma1), partial(violating_hinge, alpha=s.alpha, gamma2=gamma2)
     errors = []
@@ -193,11 +193,11 @@ def fit(sd, dataset, s, folder, signals=(), tensorboard=False):
     initial = load_value_encoder(s.init, s.weights, sd) if s.init else sd.text_encoder
     value_encoder = ValueEncoder.from_text_encoder(initial)
     optimizer = make_optimizer(value_encoder, s.final_ln_lr_scale)
-    start = resume(folder, value_encoder, optimizer, dataset.key)
+    start = resume(folder, value_encoder, optimizer, dataset.key, s.steps)
     add = partial(add_gradient, sd, value_encoder, schedule=schedule, s=s)
     if RANK == 0:
         log = Log(folder, start, tensorboard)
-        save_settings(folder, s)  # with the options given anew: only now does nothing refuse the run
+        save_settings(folder, s)  # after the checks, so that a refused run keeps its former ones
 
     for step in (bar := tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)):
         errors = take_step(step, value_encoder, optimizer, add, dataset, timesteps, s)
@@ -241,8 +241,8 @@ def main(argv=None):
     if device.type == "cuda" and s.dtype in ("", "auto"):
         dtype = torch.bfloat16  # float16 underflows for small gradients
     join_processes(device)
-    sd = weights.load(s.weights, dtype=dtype, device=device, tokenizer=s.tokenizer or None,
-                      prediction_type=s.prediction or None)
+    sd = weights.load(s.weights, dtype=dtype, text_dtype=torch.float32,  # the value encoder is a copy
+                      device=device, tokenizer=s.tokenizer or None, prediction_type=s.prediction or None)
     keep_freed_memory(large=True)
     if args.checkpointing:
         checkpoint_layers(sd.unet, (ResnetBlock, SpatialTransformer))

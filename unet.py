@@ -5,9 +5,9 @@
     eps (B, 4, 64, 64) ── conv_out ── up ──── up ──── up ──── up ───┘
     channels:                        320     640    1280    1280
 
-A level (down and up) is a row of residual blocks, which read the timestep. A transformer follows each of them, except
-at the lowest level; the mid block is residual block, transformer, residual block. A transformer cross-attends to the
-context: the prompt embeddings and, in LiVO, the value tokens in front of them. Skip connections (│): each residual
+A level (down and up) is a row of residual blocks, conditioned on the timestep. A transformer follows each of them,
+except at the lowest level; the mid block is residual block, transformer, residual block. A transformer cross-attends to
+the context: the prompt embeddings and, in LiVO, the value tokens in front of them. Skip connections (│): each residual
 block of the up path also reads one feature map of the down path, last in first out; conv_in's is the last.
 
 SD 1.x and 2.x (arXiv 2112.10752) are two configurations of this one class. Attributes have the names of the published
@@ -189,7 +189,7 @@ class Block(nn.Module):
 
 class DownBlock(Block):
     def forward(self, x, time_emb, context):
-        """(B, C_in, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉), at the lowest level (B, C, H, W), and all feature maps before."""
+        """(B, C_in, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉), at the lowest level (B, C, H, W), and all its feature maps."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time_emb, context)
@@ -216,7 +216,10 @@ class MidBlock(nn.Module):
 
 class UpBlock(Block):
     def forward(self, x, time_emb, context, skips):
-        """(B, C_in, h, w) -> (B, C, 2h, 2w), at the highest level (B, C, h, w). Each residual block pops one skip."""
+        """(B, C_in, h, w) -> (B, C, size of the next skip), at the highest level (B, C, h, w).
+
+        Each residual block pops one skip.
+        """
         for i in range(len(self.resnets)):
             x = torch.cat([x, skips.pop()], dim=1)
             x = self.layer(i, x, time_emb, context)

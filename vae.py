@@ -4,8 +4,8 @@
     image (B, 3, H, W) ←── decoder ── post_quant_conv ── latent (B, 4, H/8, W/8)
 
 Attributes have the names of the published (diffusers) checkpoints. `encode` multiplies by the scaling factor and
-`decode` divides by it, so latents have about unit variance. Keep the networks out of float16, where activations of the
-published weights overflow and the images come out black; bfloat16 has float32's range.
+`decode` divides by it, so latents have about unit variance. In float16 activations of the published weights may
+overflow, which gives black images; bfloat16 has float32's range.
 """
 
 import math

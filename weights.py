@@ -5,8 +5,8 @@
     sd = load("v1-5-pruned-emaonly.safetensors")                 # one CompVis file: formats/compvis.py
     value_encoder = load_text_encoder("adstellaria/LiVO")        # a folder or a hub name
 
-Networks come back frozen, on memory-mapped tensors: one of the right dtype is not copied, except that wide networks are
-put in channels_last. No file can run code.
+Networks come back frozen. Tensors of the right dtype stay memory-mapped; those of wide networks are copied once, to
+channels_last. No file can run code.
 """
 
 import os
@@ -46,13 +46,14 @@ class StableDiffusion:
         return self.unet.config.sample_size * self.vae.config.factor
 
 
-def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer=None, prediction_type=None):
+def load(source, *, dtype=torch.float32, vae_dtype=None, text_dtype=None, device="cpu", tokenizer=None,
+         prediction_type=None):
     """A folder, a CompVis file or a hub name -> StableDiffusion, frozen. Raises UserError.
 
-    dtype: of the UNet and the text encoder; None for the fastest. vae_dtype: the VAE overflows float16, so by default
-        float32, or bfloat16 where that is the fastest.
+    dtype: of the UNet and the text encoder; None for the fastest. vae_dtype: the VAE may overflow float16, so by
+        default float32, or bfloat16 if dtype is None and that is the fastest. text_dtype: by default the UNet's.
     tokenizer: a folder with CLIP's vocabulary, for a single file that has none beside it.
-    prediction_type: "epsilon" or "v_prediction", overrides the folder's; a single SD 2.x file does not tell.
+    prediction_type: "epsilon" or "v_prediction", overrides the folder's; a single SD 2.x file does not specify it.
     """
     from formats import checks  # imported late, as the method does not need it
     device = torch.device(device)
@@ -60,7 +61,7 @@ def load(source, *, dtype=torch.float32, vae_dtype=None, device="cpu", tokenizer
     def pick_dtypes(unet=None):
         fast = dtype or efficiency.fastest_dtype(device, unet)
         full = torch.float32 if dtype or fast == torch.float16 else fast
-        return {"unet": fast, "vae": vae_dtype or full, "text_encoder": fast}
+        return {"unet": fast, "vae": vae_dtype or full, "text_encoder": text_dtype or fast}
 
     if not (path := local(source)):
         from formats.hub import fetch_sd

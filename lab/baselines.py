@@ -219,7 +219,7 @@ class Setup:
         schedule, (network, model, value_encoder) = Schedule(self.sd.scheduler), trainable(self.sd, part)
         add = partial(add, self.sd, model, value_encoder, schedule=schedule, s=s)
         optimizer, timesteps = train.make_optimizer(network, s.final_ln_lr_scale), range(len(schedule.alphas_cumprod))
-        start = train.resume(this.folder, network, optimizer, self.dataset.key)
+        start = train.resume(this.folder, network, optimizer, self.dataset.key, steps)
         curve, seconds = load_progress(file, about, start)
         due = {steps} if this.tuning else {*MEASURED, steps}
         due -= {point["step"] for point in curve}

@@ -197,7 +197,7 @@ WORDS = {  # command: options that are refused
         "--weights owner/name:../../etc",
         "--weights owner/../name", "--weights .", "--weights data", "--tokenizer nowhere", "--value-share 1",
         "--principle auto --principle none", "--weights run", "--out model/model_index.json", "--prompt \udcff",
-        "--weights model/unet/config.json", "--negative \udcff"],
+        "--weights model/unet/config.json", "--negative \udcff", "--value-encoder nowhere"],
     "livo": [
         "--principle \udcff", "--value-encoder nowhere", "--value-encoder model/unet", "--value-encoder data",
         "--value-encoder owner/name:../../etc",
@@ -205,7 +205,7 @@ WORDS = {  # command: options that are refused
     "train": ["--data nowhere", "--data model", "--data run/log.jsonl", "--init nowhere", "--resume run", "--out data",
               "--dtype x", "--weights nowhere", "--unknown 1", "--tokenizer data", "--margins x", "--margins=a:1",
               "--margins=a:1\u00a0nan", "--margins=a:1\u00a01e39", "--bias-gamma-scale 1"],
-    "resume": ["--data model", "--out x", "--weights data", "--resume nowhere", "--resume data"],
+    "resume": ["--data model", "--out x", "--weights data", "--resume nowhere", "--resume data", "--steps 1"],
     "evaluate": ["--quick nowhere", "--quick data", "--clip model", "--clip nowhere --quick run",
                  "--value-encoder run", "--weights data", "--prompts x", "--principle x"],
     "build": ["--classifier nowhere", "--classifier model", "--principle x", "--prompts nowhere", "--out data",
