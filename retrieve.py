@@ -84,12 +84,12 @@ def shows_people(text, signs):
 
 
 def specifies_race(text):
-    """As "a black judge", "an Asian software developer", "dark skin", "of African descent", "who is black" do."""
-    text = " ".join(text.replace(",", "").split())
+    """As "a black judge", "an Asian software developer", "dark skin", "who is black", "a judge, asian, smiling" do."""
+    plain = " ".join(text.replace(",", "").split())
     people = tables.gendered | tables.gendered_unless_animal | tables.people | tables.people_unless_animal
-    near = " ".join(match["near"] for match in patterns.after_ethnicity.finditer(text))
+    near = " ".join(match["near"] for match in patterns.after_ethnicity.finditer(plain))
     specified = set(near.split()) & people - tables.pronouns or patterns.profession.search(near)
-    return bool(specified or patterns.specifies_race.search(text))
+    return bool(specified or patterns.specifies_race.search(plain) or patterns.race_in_list.search(text))
 
 
 def entries(words="", words_and_plurals=""):

@@ -82,7 +82,7 @@ def parse_settings(parser, cls, argv):
     for name in ("weights", "tokenizer", "init", "data"):  # --resume may be called from another folder
         if (value := getattr(s, name)) not in ("", TOY) and Path(value).exists():
             setattr(s, name, str(Path(value).resolve()))
-    return args, s, folder
+    return args, s, Path(os.path.realpath(folder))  # the parent of "." would be "."; the cache is in the parent
 
 
 def check_new(folder):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common import UserError, read_json
 from data import is_preservation, read_lines, read_sample
 from formats.images import open_image
-from formats.messages import expecting
+from formats.messages import expecting, one_line
 from sample import captioned
 
 # Of a contact sheet: principles, scenes per principle, images per row, pixels.
@@ -29,7 +29,7 @@ def check(root):
     there is no dataset.
     """
     root, principles, faults, seen = Path(root), {}, [], {}
-    labels = {}  # {scene: labels of its usable lines}
+    labels, values = {}, {}  # {scene: labels, principles of its usable lines}
     for line, scene, where in tqdm(read_lines(root), "checking", disable=None, leave=False, unit=" lines"):
         try:
             sample = read_sample(line, scene, root, where)
@@ -47,12 +47,15 @@ def check(root):
             faults.append(f"{where}: {sample.path.name} is the same image as that of {first}")
         label = "preservation" if is_preservation(sample) else "aligned" if sample.aligned else "violating"
         labels.setdefault(scene, set()).add(label)
+        values.setdefault(scene, set()).add(sample.value)
         counts = principles.setdefault(sample.value, {name: set() for name in COUNTS})
         for name, item in (label, where), ("scenes", scene), ("prompts", sample.prompt):
             counts[name].add(item)
     for scene, found in labels.items():
         if found in ({"aligned"}, {"violating"}):
             faults.append(f"{scene}: expected aligned and violating images, got only {found.pop()} ones")
+        if len(values[scene]) > 1:
+            faults.append(f"{scene}: expected one principle, got {', '.join(map(repr, sorted(values[scene])))}")
     numbers = {value: {name: len(items) for name, items in counts.items()} for value, counts in principles.items()}
     return numbers, faults + check_build(root)
 
@@ -93,7 +96,7 @@ def report(principles):
     print(f"{'principle':40}" + "".join(f"{name:>13}" for name in COUNTS) + "   % of aligned")
     total = max(1, sum(counts["aligned"] for counts in principles.values()))
     for value, counts in principles.items():
-        print(f"{value:40}" + "".join(f"{counts[name]:13}" for name in COUNTS) + f"{counts['aligned'] / total:15.0%}")
+        print(f"{one_line(value):40}" + "".join(f"{counts[name]:13}" for name in COUNTS) + f"{counts['aligned'] / total:15.0%}")
 
 
 def contact_sheet(samples):

@@ -43,7 +43,7 @@ from common import Parser, UserError, atomic, atomic_folder, number, read_json, 
 from diffusion import Schedule
 from efficiency import add_device_options, pick_device
 from formats.disk import check_writable
-from formats.messages import expecting
+from formats.messages import expecting, one_line
 from lab import clip_image, portraits, toy
 from lab.check import check, contact_sheet, report
 from lab.classifier import ATTRIBUTES, decide, load_classifier
@@ -429,7 +429,7 @@ def check_command(args):
     principles, faults = check(args.root)
     report(principles)
     for fault in faults:
-        print(fault)
+        print(one_line(fault))
     if faults:
         raise UserError(f"{args.root}: expected a sound dataset, got {len(faults)} faults, listed above")
 

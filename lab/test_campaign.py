@@ -353,6 +353,7 @@ OTHERS = [
           saved("base/LiVO-seed=0/checkpoint.pt", {"value_encoder": {}}), runs_of(1, baselines="base"))),
     ("settings of a baseline that it does not have", "attacks", both(
         runs_of(baselines="base"), content("base/UCE.json", json.dumps(RUN).encode()))),
+    ("a folder as --out", "attacks", options("--out", "data")),
     ("harmless prompts of 4 MB", "attacks", both(content("h.txt", b"a\n" * 2**21), options("--harmless", "h.txt"))),
     *((f"--before {code}", "attacks", both(content("before.py", code.encode()), options("--before", "before.py")))
       for code in ("1 / 0", "retrieve = 1", "retrieve = len", "retrieve = int")),

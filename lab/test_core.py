@@ -404,6 +404,18 @@ def test_resume_refuses_other_data(whole_run, tmp_path):
             ["--resume", str(run), "--steps", "11"])
 
 
+def test_a_run_in_the_current_folder_uses_the_cache_beside_it(folder, root, tmp_path, monkeypatch):
+    """The folder "." has the parent ".", whose lock the run holds: it once waited for itself."""
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.chdir(run)
+    (tmp_path / "link").symlink_to(run)
+    for where in ("--out", "."), ("--resume", "."), ("--resume", str(tmp_path / "link")):
+        _, _, found = train.parse_args([*run_settings(folder, root), *where] if where[0] == "--out" else [*where])
+        assert found == run.resolve() and found.parent == tmp_path.resolve()
+        runs.save_settings(run, train.Settings(data=str(root), weights=str(folder / "model")))
+
+
 def test_init_continues_with_a_trained_value_encoder(folder, root, whole_run):
     initialized = folder / "initialized"
     train.main([*run_settings(folder, root, steps=1, lr=0, init=whole_run), "--out", str(initialized)])

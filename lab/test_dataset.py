@@ -319,9 +319,11 @@ def test_check_finds_what_training_would_accept(release, capsys):
     add_image(release, name="../doctor/up.jpg")
     shutil.copy(release / "0-career/doctor/doctor_0.jpg", add_image(release, name="same.jpg", label=0))
     add_image(release, "0-career/x", label=0)
-    refused("got 5 faults", dataset.main, ["check", str(release)])
+    add_image(release, name="slip.jpg", value="Gender equality\x1b[2J", label=0)
+    refused("got 6 faults", dataset.main, ["check", str(release)])
     output = capsys.readouterr().out
-    for fault in ("doctor/metadata.jsonl:7: new.jpg is no readable image", ":8: expected 0 or 1 as label, got 2",
+    assert "\x1b" not in output
+    for fault in ("doctor: expected one principle, got 'Gender equality", "doctor/metadata.jsonl:7: new.jpg is no readable image", ":8: expected 0 or 1 as label, got 2",
                   ":9: expected a file of the scene, got ../doctor/up.jpg", ":10: same.jpg is the same image as",
                   "x: expected aligned and violating images, got only violating ones"):
         assert fault in output

@@ -60,6 +60,13 @@ def test_specified_attributes_are_left_alone_and_toxic_principles_come_first(pro
     assert retrieve(prompt) == [PRINCIPLES[name] for name in CASES["expected"][prompt]]
 
 
+def test_attributes_in_a_list_and_other_genders_are_specified():
+    """A single word between commas; a colour there may be that of something else."""
+    assert retrieve("a judge, asian, 40 years old") == retrieve("doctor, african") == [GENDER]
+    assert retrieve("a judge, black, oil painting") == [GENDER, RACE]
+    assert retrieve("a transgender doctor") == retrieve("a non-binary judge") == [RACE]
+
+
 def test_every_table_entry_can_match():
     """A prompt is looked up in runs of one to three words of lower-case letters."""
     for name, table in vars(tables).items():
