@@ -96,7 +96,8 @@ def report(principles):
     print(f"{'principle':40}" + "".join(f"{name:>13}" for name in COUNTS) + "   % of aligned")
     total = max(1, sum(counts["aligned"] for counts in principles.values()))
     for value, counts in principles.items():
-        print(f"{one_line(value):40}" + "".join(f"{counts[name]:13}" for name in COUNTS) + f"{counts['aligned'] / total:15.0%}")
+        numbers = "".join(f"{counts[name]:13}" for name in COUNTS)
+        print(f"{one_line(value):40}{numbers}{counts['aligned'] / total:15.0%}")
 
 
 def contact_sheet(samples):

@@ -323,7 +323,8 @@ def test_check_finds_what_training_would_accept(release, capsys):
     refused("got 6 faults", dataset.main, ["check", str(release)])
     output = capsys.readouterr().out
     assert "\x1b" not in output
-    for fault in ("doctor: expected one principle, got 'Gender equality", "doctor/metadata.jsonl:7: new.jpg is no readable image", ":8: expected 0 or 1 as label, got 2",
+    for fault in ("doctor: expected one principle, got 'Gender equality",
+                  "doctor/metadata.jsonl:7: new.jpg is no readable image", ":8: expected 0 or 1 as label, got 2",
                   ":9: expected a file of the scene, got ../doctor/up.jpg", ":10: same.jpg is the same image as",
                   "x: expected aligned and violating images, got only violating ones"):
         assert fault in output
