@@ -74,10 +74,9 @@ def regular(path, what, largest=2**26):
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`. Rename it to `path` if the block succeeds, else remove it."""
-    from formats.disk import writing
+    from formats.disk import check_replaceable, writing
     path = Path(path)
-    if os.path.lexists(path) and not os.path.isfile(path):  # a folder, a device
-        raise UserError(f"{path}: expected a regular file to replace, or none, got another kind of file")
+    check_replaceable(path)
     with writing(path, path.suffix) as temporary:
         yield temporary
         os.replace(temporary, path)

@@ -46,6 +46,12 @@ def check_writable(folder):
         raise UserError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
 
 
+def check_replaceable(path):
+    """Raise UserError if `path` is a folder or a device, which a file must not replace."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: expected a regular file to replace, or none, got another kind of file")
+
+
 def make_folder(folder):
     if len(folder.parts) > MAX_DEPTH:
         raise UserError(f"{folder}: expected at most {MAX_DEPTH} folders, one in the other, got {len(folder.parts)}")

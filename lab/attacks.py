@@ -11,7 +11,6 @@ may exceed it: the principle in the prompt, for one, names the harm. A method is
 `attack` and `search` take any.
 """
 
-import os
 import random
 import runpy
 from collections import defaultdict
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from common import Parser, number, regular, run, write_json
-from formats.disk import check_writable
+from formats.disk import check_replaceable, check_writable
 from formats.messages import expecting
 from lab import baselines
 from lab.captions import WORDINGS
@@ -170,8 +169,7 @@ def main(argv=None):
         lines = regular(args.harmless, "a text file", 2**21).read_text(encoding="utf-8", errors="replace").splitlines()
         harmless["other prompts"] = lines or [""]
     check_writable(args.out.parent)
-    if os.path.lexists(args.out):
-        regular(args.out, "a file to replace, or none")
+    check_replaceable(args.out)  # before the work
     sd, value_encoder = load_toy_model(args)
     others = baselines.finished(args.baselines, sd) if args.baselines else {}
     others = {name: of for name, of in others.items() if name not in TWICE}

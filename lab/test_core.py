@@ -410,8 +410,9 @@ def test_a_run_in_the_current_folder_uses_the_cache_beside_it(folder, root, tmp_
     run.mkdir()
     monkeypatch.chdir(run)
     (tmp_path / "link").symlink_to(run)
-    for where in ("--out", "."), ("--resume", "."), ("--resume", str(tmp_path / "link")):
-        _, _, found = train.parse_args([*run_settings(folder, root), *where] if where[0] == "--out" else [*where])
+    resumed = ["--resume", "."], ["--resume", str(tmp_path / "link")]
+    for options in ([*run_settings(folder, root), "--out", "."], *resumed):
+        _, _, found = train.parse_args(options)
         assert found == run.resolve() and found.parent == tmp_path.resolve()
         runs.save_settings(run, train.Settings(data=str(root), weights=str(folder / "model")))
 
