@@ -232,14 +232,14 @@ def test_preservation_pairs_are_held_to_the_reference_models_prediction(sd, data
         assert (ref == 0).tolist() == [True, True, False, False]
         assert_close(target, torch.cat([output[:2], eps[2:]]), 1e-6)
 
-    # their loss beyond γ1 is β times the squared change of the prediction, scaled
+    # their loss beyond γ1 is β times the squared change of the prediction
     value_encoder, plain = trained_a_little(sd), trained_a_little(sd)
-    s = settings(batch=2, preservation_scale=3.0)
+    s = settings(batch=2)
     train.add_gradient(sd, value_encoder, pairs[:2], schedule, s)
     prompts, principles = [p.prompt for p in pairs[:2]], [p.principle for p in pairs[:2]]
     context = make_context(sd, prompts, [principles], plain, prompt_embeds[:2])
     changed, _ = train.predict(sd.unet, schedule, eps[:2], t[:2], z[:2], context)
-    (3 * s.beta * (changed - output[:2]).square().mean()).backward()
+    (s.beta * (changed - output[:2]).square().mean()).backward()
     assert relative(gradients(value_encoder), gradients(plain)) < 1e-4
 
 # ── Sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────

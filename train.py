@@ -57,7 +57,6 @@ class Settings:
     gamma2: float = setting(GAMMA2, "margin of the violating hinge")
     final_ln_lr_scale: float = setting(1.0, "factor on the rate of the final LayerNorm, which sets the token norm")
     margins: str = setting("", 'γ1 and γ2 of single principles, "gender equality: 2 2; racial equality: 0.5 1"')
-    preservation_scale: float = setting(1.0, "factor on the errors of preservation pairs")
     snr_gamma: float = setting(0.0, "γ of min-SNR weighting over timesteps (arXiv 2303.09556); 0: all weigh the same")
     seed: int = setting(0, "of the order of the pairs and of all noise", 0, 2**63)
     save_every: int = setting(500, "steps between checkpoints", 1)
@@ -118,13 +117,13 @@ def margins(principles, preservation, s):
 def add_gradient(sd, value_encoder, pairs, schedule, s):
     """Add the gradient of `livo_loss` on B pairs of a step to the value encoder's .grad.
 
-    -> err_w, ref_w, err_l, ref_l: (4, B) float32. Min-SNR weights and preservation_scale multiply them: they scale the
-    slopes, not the margins. The hinges share only the context, so each runs by itself, in half the memory.
+    -> err_w, ref_w, err_l, ref_l: (4, B) float32. Min-SNR weights multiply the errors: they scale the slopes, not the
+    margins. The two hinges share only the context, so each runs forward and backward by itself, in half the memory.
     """
     prompt_embeds, z_w, z_l, eps, preservation, t = collate(pairs, sd.unet.conv_in.weight.device)
     prompts, principles = [pair.prompt for pair in pairs], [pair.principle for pair in pairs]
     refs, targets = reference_errors(sd.unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation)
-    weight = schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device) * torch.where(preservation, s.preservation_scale, 1)
+    weight = schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device)  # (B,)
     context = make_context(sd, prompts, [principles], value_encoder, prompt_embeds)  # one token each: (B, 78, C)
     leaf = context.detach().requires_grad_()  # sums the gradients of both hinges; then one backward pass of the encoder
     gamma1, gamma2 = margins(principles, preservation, s)
@@ -157,6 +156,7 @@ def take_step(step, network, optimizer, add, dataset, timesteps, s):
         rows = mine[start:start + s.micro_batch]
         errors[:, list(rows)] = add([dataset.pair(step * s.batch + row, s.seed, timesteps) for row in rows])
     sum_over_processes(errors, *(parameter.grad for parameter in parameters))
+
     finite = errors.isfinite().all(0)  # (batch,)
     if not (torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).isfinite() and finite.all()):
         rows = [row for row in range(s.batch) if not finite[row]] or range(s.batch)

@@ -67,8 +67,7 @@ def add_preference(sd, model, value_encoder, pairs, schedule, s, loss):
     Bradley-Terry loss does not split into a term for each.
     """
     prompt_embeds, z_w, z_l, eps, preservation, t = collate(pairs, sd.unet.conv_in.weight.device)
-    weight = schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device) * torch.where(preservation, s.preservation_scale, 1)
-    principles = [pair.principle for pair in pairs]
+    principles, weight = [pair.principle for pair in pairs], schedule.min_snr_weight(t, s.snr_gamma).to(z_w.device)
     refs, targets = reference_errors(sd.unet, schedule, eps, t, z_w, z_l, prompt_embeds, preservation)
     context = make_context(model, [pair.prompt for pair in pairs], [principles] if value_encoder else [], value_encoder,
                            prompt_embeds if model.text_encoder is sd.text_encoder else None)  # (B, 77 or 78, C)

@@ -41,8 +41,7 @@ def step(sd, add, part, pairs, s, moved=0.0):
 @pytest.mark.parametrize("method", ["LiVO", "BT on the value encoder", "Diffusion-DPO", "text encoder"])
 def test_gradients_equal_the_formula_by_autograd(sd, dataset, method):
     part, add = TRAINED[method]
-    s = settings(beta=20.0, alpha=30.0, margins="", snr_gamma=2.0, preservation_scale=3.0)
-    pairs = pairs_of(dataset)
+    s, pairs = settings(beta=20.0, alpha=30.0, margins="", snr_gamma=2.0), pairs_of(dataset)
     pairs[0] = replace(pairs[0], z_l=pairs[0].z_w, preservation=True)
     _, network, _ = step(sd, add, part, pairs, s, moved=0.02)  # away from where the slope would not depend on β
     ours = gradients(network)
@@ -54,8 +53,8 @@ def test_gradients_equal_the_formula_by_autograd(sd, dataset, method):
     context, unet = contexts[part](), network if part == "unet" else sd.unet
     t = torch.tensor([pair.t for pair in pairs])
     abar, eps = Schedule(sd.scheduler).alphas_cumprod[t][:, None, None, None], torch.stack([p.eps for p in pairs])
+    weight = (2 * (1 - abar) / abar).clamp(max=1).flatten()
     preserved, errors = torch.tensor([pair.preservation for pair in pairs])[:, None, None, None], []
-    weight = ((2 * (1 - abar) / abar).clamp(max=1) * torch.where(preserved, 3, 1)).flatten()
     assert 0 < preserved.sum() < len(pairs) and 0 < (weight < 1).sum() < len(pairs)
     for z in (torch.stack([pair.z_w for pair in pairs]), torch.stack([pair.z_l for pair in pairs])):
         z_t = abar.sqrt() * z + (1 - abar).sqrt() * eps
