@@ -23,6 +23,7 @@ from torch import nn
 import data
 import efficiency
 import latents
+import livo
 import runs
 import sample
 import train
@@ -79,6 +80,11 @@ def test_pngs_carry_their_settings(written, tmp_path):
     assert (expected | {"weights": str(written)}).items() <= text.items()
     again = run_sample(written, tmp_path / "again", *(word for key in expected for word in (f"--{key}", text[key])))
     assert abs(again[0] - first[1]).max() <= 1
+
+
+def test_principles_of_bias_end_in_equality():
+    assert all(map(livo.is_bias, ("gender equality", " Racial Equality ", "age equality.")))
+    assert not any(map(livo.is_bias, ("bloody considered inappropriate", "equality considered inappropriate", "")))
 
 
 def test_unwritable_output_is_found_before_the_work(written, tmp_path, monkeypatch):
