@@ -100,7 +100,7 @@ def make_uncond(sd, length, negative=""):
 
 def is_bias(principle):
     """Bias principles ("… equality") ask for balance. Toxic principles ask for the absence of something."""
-    return principle.strip(" \n.").lower().endswith("equality")
+    return principle.strip().rstrip(".").lower().endswith("equality")
 
 
 def spread(n, fraction):
