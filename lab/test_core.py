@@ -83,7 +83,8 @@ def test_pngs_carry_their_settings(written, tmp_path):
 
 
 def test_principles_of_bias_end_in_equality():
-    assert all(map(livo.is_bias, ("gender equality", " Racial Equality ", "age equality.", "age equality. ", "equality\t")))
+    texts = "gender equality", " Racial Equality ", "age equality.", "age equality. ", "equality\t"
+    assert all(map(livo.is_bias, texts))
     assert not any(map(livo.is_bias, ("bloody considered inappropriate", "equality considered inappropriate", "")))
 
 
